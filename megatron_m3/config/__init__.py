@@ -1,0 +1,49 @@
+"""Settings: section dataclasses, recipes, and the command line made from them. Imports nothing heavy."""
+
+from megatron_m3.config.command_line import (
+    dump_json,
+    from_dict,
+    given_options,
+    make_parser,
+    parse,
+    replace_fields,
+    to_dict,
+)
+from megatron_m3.config.recipes import RECIPES, get_recipe, recipe
+from megatron_m3.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    GuardConfig,
+    LoggingConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "RECIPES",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "GuardConfig",
+    "LoggingConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ScheduleConfig",
+    "TrainingConfig",
+    "dump_json",
+    "from_dict",
+    "get_recipe",
+    "given_options",
+    "make_parser",
+    "parse",
+    "recipe",
+    "replace_fields",
+    "to_dict",
+]

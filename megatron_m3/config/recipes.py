@@ -1,0 +1,80 @@
+"""Recipes: named functions that return a full config. A run is a recipe plus overrides."""
+
+from collections.abc import Callable
+
+from megatron_m3.config.schema import (
+    Config,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+from megatron_m3.errors import ConfigError
+
+RECIPES: dict[str, Callable[[], Config]] = {}
+
+
+def recipe(function: Callable[[], Config]) -> Callable[[], Config]:
+    """Register a recipe under its function's name, underscores as dashes."""
+    RECIPES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def get_recipe(name: str) -> Config:
+    """The config that recipe ``name`` returns."""
+    if name not in RECIPES:
+        raise ConfigError(f"recipe={name}: unknown; known are {', '.join(RECIPES)}")
+    return RECIPES[name]()
+
+
+@recipe
+def m3_2b() -> Config:
+    """The paper's model: 2.4 B non-embedding parameters, the first 22 of 44 layers are memory layers."""
+    return Config(
+        model=ModelConfig(num_layers=44, num_heads=40, num_kv_heads=8, head_size=80, hidden_size=3200, ffn_size=3200,
+                          vocab_size=60416),
+        parallel=ParallelConfig(tensor=8, sequence=True, distributed_optimizer=True, recompute=True),
+        training=TrainingConfig(steps=1_000_000, global_batch=2048),
+    )
+
+
+@recipe
+def m3_09b() -> Config:
+    """The paper's ablation model: 0.92 B non-embedding parameters, the first 20 of 40 layers are memory layers."""
+    return Config(
+        model=ModelConfig(num_layers=40, num_heads=32, num_kv_heads=8, head_size=64, hidden_size=2048, ffn_size=2048,
+                          vocab_size=60416),
+        parallel=ParallelConfig(distributed_optimizer=True),
+        training=TrainingConfig(steps=100_000, global_batch=2048),
+    )
+
+
+RECIPES["m3-0.9b"] = RECIPES.pop("m3-09b")
+
+
+@recipe
+def tiny() -> Config:
+    """A model of a few thousand parameters for tests: 4 layers, the first 2 are memory layers."""
+    return Config(
+        model=ModelConfig(num_layers=4, num_heads=4, num_kv_heads=2, head_size=16, hidden_size=64, ffn_size=64,
+                          vocab_size=512),
+        memory=MemoryConfig(tokens="4", reference_length=16, chunk_length=8, window=2, references_per_chunk=2),
+        data=DataConfig(sequence_length=32),
+        optimizer=OptimizerConfig(lr=1e-3),
+        training=TrainingConfig(steps=10, global_batch=4, micro_batch=2, dtype="fp32"),
+    )
+
+
+@recipe
+def demo() -> Config:
+    """A small model that learns WordNet glosses on two processor cores in minutes."""
+    return Config(
+        model=ModelConfig(num_layers=6, num_heads=8, num_kv_heads=2, head_size=32, hidden_size=256, ffn_size=512,
+                          vocab_size=8192),
+        memory=MemoryConfig(),
+        data=DataConfig(sequence_length=512),
+        optimizer=OptimizerConfig(lr=2e-3),
+        training=TrainingConfig(steps=300, global_batch=8, micro_batch=4, dtype="fp32"),
+    )

@@ -1,0 +1,320 @@
+"""Every setting of a training run: one keyword-only dataclass per section, a docstring under each field.
+
+The command line, the help texts and the files written beside results are all made from these classes.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_m3.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the decoder-only Transformer (paper section 3.4)."""
+
+    num_layers: int = 4
+    """Transformer layers."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int = 2
+    """Key-value heads; divides num_heads (grouped-query attention)."""
+    head_size: int = 32
+    """Numbers in one query, key or value vector."""
+    hidden_size: int = 128
+    """Width of the residual stream; the paper uses num_heads * head_size."""
+    ffn_size: int = 128
+    """Width of the gated MLP; the paper uses hidden_size, so that capacity goes to depth and heads."""
+    vocab_size: int = 8192
+    """Tokens in the vocabulary, before padding."""
+    vocab_multiple: int = 128
+    """The embedding is padded to a multiple of this, whatever the parallel layout."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tie_embeddings: bool = False
+    """Share the input embedding with the output projection."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections get init_std / sqrt(2 * num_layers)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "num_kv_heads", "head_size", "hidden_size", "ffn_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}"
+            )
+        if self.head_size % 2:
+            raise ConfigError(f"model.head_size={self.head_size}: must be even for rotary embeddings")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding matrix."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def num_non_embedding_parameters(self) -> int:
+        """Parameters outside the input embedding and the output projection, norms included."""
+        attention = self.hidden_size * self.head_size * 2 * (self.num_heads + self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size) + self.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Explicit memory: which layers hold it, how sparse it is, and how it is read (sections 3.2, 3.3)."""
+
+    layers: str = "first-half"
+    """Memory layers, counted from 0: first-half, all, or ranges such as 8-24 or 0-3,6 (both ends included)."""
+    tokens: str = "8"
+    """Tokens kept of a reference for each key-value head: a number, or all."""
+    reference_length: int = 128
+    """Most tokens in a reference."""
+    chunk_length: int = 64
+    """Tokens in a chunk, the unit of retrieval."""
+    references_per_chunk: int = 5
+    """References that a chunk reads at inference."""
+    window: int = 5
+    """In training a chunk reads the references of this many chunks: its own and those before it (section 3.5)."""
+    prefix: str = "Reference:"
+    """Text after the BOS in the prefix that stands before every reference and before the context."""
+    selection: Literal["softmax", "exp"] = "softmax"
+    """Token weights: softmax (section 3.3), or exp, the unnormalised sum of the paper's code."""
+    query_chunk: Literal["own", "previous"] = "own"
+    """Text that retrieves for a chunk in training: its own (the paper) or the previous chunk's (honest likelihoods)."""
+
+    def __post_init__(self) -> None:
+        for name in ("reference_length", "chunk_length", "references_per_chunk", "window"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"memory.{name}={getattr(self, name)}: must be at least 1")
+        if self.num_kept_tokens < 1:
+            raise ConfigError(f"memory.tokens={self.tokens}: must be at least 1, or all")
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Tokens kept of a full reference for each key-value head."""
+        if self.tokens == "all":
+            return self.reference_length
+        if not self.tokens.isdigit():
+            raise ConfigError(f"memory.tokens={self.tokens}: give a number, or all")
+        return min(int(self.tokens), self.reference_length)
+
+    def memory_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The memory layers of a model with ``num_layers`` layers, ascending, counted from 0."""
+        if self.layers == "all":
+            return tuple(range(num_layers))
+        if self.layers == "first-half":
+            return tuple(range(max(1, num_layers // 2)))
+        chosen: set[int] = set()
+        for part in self.layers.split(","):
+            first, _, last = part.strip().partition("-")
+            if not first.isdigit() or not (last or first).isdigit():
+                raise ConfigError(f"memory.layers={self.layers}: give first-half, all, or ranges such as 8-24 or 0-3,6")
+            chosen.update(range(int(first), int(last or first) + 1))
+        if not chosen or max(chosen) >= num_layers:
+            raise ConfigError(f"memory.layers={self.layers}: the model has layers 0-{num_layers - 1}")
+        return tuple(sorted(chosen))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training data: where it lies and how it is loaded."""
+
+    tokens: str = ""
+    """Folder of the tokenized corpus (Megatron .bin/.idx), made by `m3 data tokenize`."""
+    references: str = ""
+    """Folder of the knowledge base, made by `m3 data references`; needed by the continual stage."""
+    neighbours: str = ""
+    """Folder of each chunk's neighbours, made by `m3 data neighbours`; needed by the continual stage."""
+    tokenizer: str = ""
+    """Folder of the tokenizer, made by `m3 data tokenizer`."""
+    sequence_length: int = 2048
+    """Tokens in a training sequence (references not counted); a multiple of memory.chunk_length."""
+    loader: Literal["torch", "dali"] = "torch"
+    """Loader that reads ahead: torch's DataLoader or NVIDIA DALI; both give the same batches."""
+    prefetch: int = 4
+    """Batches read ahead."""
+    max_overlap: float = 0.9
+    """References with a larger overlap (eq. 6) with the training sequence are dropped."""
+    seed: int = 1234
+    """Order of the training sequences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is laid over processes; data parallelism takes what is left."""
+
+    tensor: int = 1
+    """Tensor-parallel processes."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    interleave: int = 1
+    """Model chunks per pipeline stage (interleaved schedule); 1 is the plain schedule."""
+    context: int = 1
+    """Context-parallel processes; only 1 is supported."""
+    sequence: bool = False
+    """Sequence parallelism of norms and residuals within the tensor-parallel group."""
+    distributed_optimizer: bool = False
+    """Shard optimizer states over the data-parallel group."""
+    recompute: bool = False
+    """Recompute every layer's activations in the backward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "interleave", "context"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"parallel.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with states in fp32."""
+
+    lr: float = 4e-4
+    """Highest learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; norms are exempt."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning-rate schedule over training.steps (section 5)."""
+
+    style: Literal["wsd", "cosine", "constant"] = "wsd"
+    """wsd: linear rise, flat, fast decay at the end; cosine: linear rise, half a cosine; constant: rise, flat."""
+    warmup_fraction: float = 0.01
+    """Share of the steps over which the rate rises linearly."""
+    decay_fraction: float = 0.1
+    """Share of the steps, at the end, over which wsd decays."""
+    min_ratio: float = 0.01
+    """Rate at the end, as a share of optimizer.lr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The loop: how long, how much at once, how precise."""
+
+    stage: Literal["warmup", "continual"] = "warmup"
+    """warmup: ordinary pretraining; continual: references are encoded in the same pass and read (sections 3.5, 5)."""
+    steps: int = 100
+    """Optimizer steps."""
+    global_batch: int = 8
+    """Sequences in an optimizer step, over all processes."""
+    micro_batch: int = 1
+    """Sequences in one forward pass of one process."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Parameters and activations; optimizer states are fp32 in either case."""
+    seed: int = 1234
+    """Initial weights and dropout."""
+    output: str = ""
+    """Folder of the run: checkpoints, metrics, resolved config."""
+    init_from: str = ""
+    """Checkpoint whose weights the run starts from (continual starts from a warmup checkpoint)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints: model, optimizer, schedule, RNG and data position, for any parallel layout."""
+
+    every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints kept; 0 keeps all."""
+    resume: bool = True
+    """Go on from the newest checkpoint in training.output, if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Divergence guard: what counts as divergence, and what is done about it."""
+
+    enabled: bool = True
+    """Watch the loss and the gradient norm."""
+    spike_factor: float = 2.0
+    """The loss diverges when it exceeds its running mean by this factor..."""
+    spike_steps: int = 3
+    """...for this many steps in a row; a non-finite value counts at once."""
+    min_history: int = 20
+    """Steps before spikes are judged."""
+    lr_factor: float = 0.5
+    """The learning rate is multiplied by this after each return to a checkpoint."""
+    max_rollbacks: int = 5
+    """The run stops with an error after this many returns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is printed and recorded."""
+
+    every: int = 1
+    """Steps between step lines."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    peak_tflops: float = 0.0
+    """The device's peak TFLOP/s for MFU; 0 measures the rate of a large matrix product at start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run. A recipe returns one; overrides change single fields."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        self.memory.memory_layers(self.model.num_layers)
+        if self.data.sequence_length % self.memory.chunk_length:
+            raise ConfigError(
+                f"data.sequence_length={self.data.sequence_length}: must be a multiple of "
+                f"memory.chunk_length={self.memory.chunk_length}"
+            )
+        check_parallel(self)
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """Layers that hold explicit memory, ascending, counted from 0."""
+        return self.memory.memory_layers(self.model.num_layers)
+
+
+def check_parallel(config: Config) -> None:
+    """Refuse a parallel layout that the model cannot have, by the name of the field."""
+    parallel, model = config.parallel, config.model
+    if parallel.context != 1:
+        raise ConfigError(
+            f"parallel.context={parallel.context}: context parallelism is not supported with explicit memory; set it to 1"
+        )
+    for name in ("num_heads", "num_kv_heads", "ffn_size", "padded_vocab_size"):
+        if getattr(model, name) % parallel.tensor:
+            raise ConfigError(
+                f"parallel.tensor={parallel.tensor}: must divide model.{name}={getattr(model, name)}"
+            )
+    if model.num_layers % (parallel.pipeline * parallel.interleave):
+        raise ConfigError(
+            f"parallel.pipeline={parallel.pipeline} with parallel.interleave={parallel.interleave}: "
+            f"their product must divide model.num_layers={model.num_layers}"
+        )
+    if parallel.interleave > 1 and parallel.pipeline == 1:
+        raise ConfigError(f"parallel.interleave={parallel.interleave}: needs parallel.pipeline of at least 2")
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError("parallel.sequence=true: needs parallel.tensor of at least 2")
+    if config.training.global_batch % config.training.micro_batch:
+        raise ConfigError(
+            f"training.global_batch={config.training.global_batch}: must be a multiple of "
+            f"training.micro_batch={config.training.micro_batch}"
+        )

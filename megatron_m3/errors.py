@@ -1,0 +1,42 @@
+"""The exceptions a user can cause, and how a command turns them into one line and exit status 2."""
+
+import sys
+from collections.abc import Callable
+
+
+class M3Error(Exception):
+    """A mistake the user can mend: the message names the field or file, and the mend."""
+
+
+class ConfigError(M3Error):
+    """A setting that cannot work, alone or together with another."""
+
+
+class DataError(M3Error):
+    """A text, token, reference or neighbour file that is missing, broken, or made from something else."""
+
+
+class ArtifactError(M3Error):
+    """An artifact on disk whose manifest, checksum or origin does not fit."""
+
+
+class UnsupportedError(M3Error):
+    """A feature that this system refuses by name."""
+
+
+def exit_on_user_error[T](main: Callable[[], T]) -> T:
+    """Run ``main``; an :class:`M3Error` or a full disk becomes one line on stderr and exit status 2, without a traceback."""
+    try:
+        return main()
+    except M3Error as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message = "interrupted"
+    except OSError as error:
+        if error.errno is None or (error.filename is None and error.errno != 28):
+            raise
+        message = f"{error.filename or 'output'}: {error.strerror}" + (
+            "; free space or choose another folder" if error.errno == 28 else ""
+        )
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

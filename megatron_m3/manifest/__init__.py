@@ -1,0 +1,26 @@
+"""Artifacts on disk: manifests, checksums, atomic writes, resumable block files."""
+
+from megatron_m3.manifest.blocks import BlockFolder, block_name
+from megatron_m3.manifest.manifest import (
+    Manifest,
+    atomic_path,
+    check_files,
+    check_input,
+    hash_file,
+    hash_json,
+    read_manifest,
+    write_manifest,
+)
+
+__all__ = [
+    "BlockFolder",
+    "Manifest",
+    "atomic_path",
+    "block_name",
+    "check_files",
+    "check_input",
+    "hash_file",
+    "hash_json",
+    "read_manifest",
+    "write_manifest",
+]

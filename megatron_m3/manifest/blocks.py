@@ -1,0 +1,77 @@
+"""Block files: a long job writes its output in numbered blocks, each whole or absent, so it can stop and go on anywhere.
+
+Each block is one safetensors file with its own record ``NAME.json`` (bytes, SHA-256, counts), written after it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from megatron_m3.errors import ArtifactError
+from megatron_m3.manifest.manifest import atomic_path, hash_file, hash_json
+
+JOB = "job.json"
+
+
+def block_name(index: int) -> str:
+    """File name of block ``index``."""
+    return f"block_{index:06d}.safetensors"
+
+
+class BlockFolder:
+    """A folder that fills block by block, for one job given by the hash of its inputs and settings."""
+
+    def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
+        """Open or create ``folder`` for ``job`` (its kind, input hashes and settings, as JSON values).
+
+        Raises:
+            ArtifactError: the folder holds blocks of another job.
+        """
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        key, path = hash_json(dict(job)), self.folder / JOB
+        if path.exists():
+            found = json.loads(path.read_text()).get("key")
+            if found != key:
+                raise ArtifactError(f"{folder}: holds blocks made from other inputs or settings; remove it or choose another folder")
+        else:
+            if any(self.folder.iterdir()):
+                raise ArtifactError(f"{folder}: not empty, and not begun by this job; choose another folder")
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps({"key": key, "job": dict(job)}, indent=1, sort_keys=True) + "\n")
+
+    def done(self, index: int) -> bool:
+        """Whether block ``index`` is there, whole (its size is the recorded one)."""
+        path = self.folder / block_name(index)
+        record = path.with_suffix(".json")
+        return record.exists() and path.exists() and json.loads(record.read_text())["bytes"] == path.stat().st_size
+
+    def missing(self, num_blocks: int) -> list[int]:
+        """Blocks that are still to be written."""
+        return [index for index in range(num_blocks) if not self.done(index)]
+
+    def write(self, index: int, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any] | None = None) -> None:
+        """Write block ``index`` atomically: the arrays, then its record."""
+        path = self.folder / block_name(index)
+        with atomic_path(path) as temporary:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+        record = hash_file(path) | {"info": dict(info or {})}
+        with atomic_path(path.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps(record, sort_keys=True) + "\n")
+
+    def info(self, num_blocks: int) -> Iterator[dict[str, Any]]:
+        """The ``info`` of every block, in order."""
+        for index in range(num_blocks):
+            yield json.loads((self.folder / block_name(index)).with_suffix(".json").read_text())["info"]
+
+    def files(self, num_blocks: int) -> dict[str, dict[str, Any]]:
+        """The ``files`` entry of the finished artifact's manifest."""
+        result = {}
+        for index in range(num_blocks):
+            record = json.loads((self.folder / block_name(index)).with_suffix(".json").read_text())
+            result[block_name(index)] = {"bytes": record["bytes"], "sha256": record["sha256"]}
+        return result

@@ -1,0 +1,129 @@
+"""What every artifact on disk says of itself, and the hash by which others name it.
+
+An artifact is a folder with a ``manifest.json``. The manifest is written last and atomically, so a folder without one
+is unfinished, never half an artifact.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_m3.errors import ArtifactError
+
+NAME = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Identity of one artifact."""
+
+    kind: str
+    """What it is: tokenizer, tokens, references, embeddings, index, neighbours, checkpoint, codec, bank."""
+    schema: int
+    """Version of its layout on disk."""
+    inputs: dict[str, str]
+    """Hash of each artifact that it was made from, by role."""
+    settings: dict[str, Any]
+    """Settings that shaped it; plain JSON values."""
+    files: dict[str, dict[str, Any]]
+    """Bytes and SHA-256 of each file, by its path inside the folder."""
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Counts and notes for people; not part of the hash."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over everything but ``info``: same inputs, settings and bytes give the same hash."""
+        fields = dataclasses.asdict(self)
+        del fields["info"]
+        return hash_json(fields)
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> dict[str, Any]:
+    """Bytes and SHA-256 of a file, as they stand in :attr:`Manifest.files`."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` into ``folder``, atomically; do it last."""
+    with atomic_path(Path(folder) / NAME) as path:
+        path.write_text(json.dumps(dataclasses.asdict(manifest) | {"hash": manifest.hash}, indent=1, sort_keys=True) + "\n")
+
+
+def read_manifest(folder: Path, kind: str, schema: int) -> Manifest:
+    """Read and check a folder's manifest.
+
+    Raises:
+        ArtifactError: no folder, no manifest, another kind or schema, or a manifest whose own hash does not fit.
+    """
+    path = Path(folder) / NAME
+    if not path.is_file():
+        what = "no such folder" if not Path(folder).is_dir() else f"no {NAME}: unfinished, or not a {kind} folder; make it again"
+        raise ArtifactError(f"{folder}: {what}")
+    try:
+        fields = json.loads(path.read_text())
+        recorded = fields.pop("hash")
+        manifest = Manifest(**fields)
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        raise ArtifactError(f"{path}: not a readable manifest; make the {kind} again") from None
+    if manifest.kind != kind:
+        raise ArtifactError(f"{folder}: holds a {manifest.kind}, not a {kind}")
+    if manifest.schema != schema:
+        raise ArtifactError(f"{folder}: {kind} schema {manifest.schema}, this version reads {schema}; make it again")
+    if manifest.hash != recorded:
+        raise ArtifactError(f"{path}: the manifest was changed after it was written; make the {kind} again")
+    return manifest
+
+
+def check_files(folder: Path, manifest: Manifest, *, checksums: bool = False) -> None:
+    """Check that every file of an artifact is there with its size, and with ``checksums`` its SHA-256.
+
+    Raises:
+        ArtifactError: names the first file that is missing, truncated or changed.
+    """
+    for name, recorded in manifest.files.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            raise ArtifactError(f"{path}: missing; make the {manifest.kind} again")
+        if path.stat().st_size != recorded["bytes"]:
+            raise ArtifactError(f"{path}: {path.stat().st_size} bytes, the manifest says {recorded['bytes']}; make it again")
+        if checksums and hash_file(path) != recorded:
+            raise ArtifactError(f"{path}: checksum differs from the manifest; the file is damaged, make it again")
+
+
+def check_input(folder: Path, manifest: Manifest, role: str, actual: str) -> None:
+    """Check that an artifact was made from the ``role`` input with hash ``actual``.
+
+    Raises:
+        ArtifactError: it was made from another one.
+    """
+    if manifest.inputs.get(role) != actual:
+        raise ArtifactError(
+            f"{folder}: this {manifest.kind} was made from another {role} "
+            f"({manifest.inputs.get(role, 'none')[:12]}, given {actual[:12]}); make it again or give the {role} it was made from"
+        )

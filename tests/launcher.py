@@ -1,0 +1,41 @@
+"""Start real processes for tests: ranks by torchrun, or one command, with their output in the failure message."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def run_command(arguments: Sequence[str], *, timeout: float = 300, env: dict[str, str] | None = None,
+                expect: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command in the repository root, one thread a process; fail with its output unless it exits ``expect``."""
+    merged = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
+    done = subprocess.run(arguments, cwd=ROOT, env=merged, text=True, capture_output=True, timeout=timeout, check=False)
+    if expect is not None and done.returncode != expect:
+        raise AssertionError(f"{' '.join(arguments)} exited {done.returncode}, not {expect}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def run_ranks(module: str, ranks: int, arguments: Sequence[str] = (), *, timeout: float = 300,
+              env: dict[str, str] | None = None, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m module`` on ``ranks`` processes under torchrun over gloo on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1",
+               "--master-port", str(free_port()), "-m", module, *arguments]
+    return run_command(command, timeout=timeout, env=env, expect=expect)
+
+
+def run_module(module: str, arguments: Sequence[str] = (), *, timeout: float = 300, env: dict[str, str] | None = None,
+               expect: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m module`` in one process."""
+    return run_command([sys.executable, "-m", module, *arguments], timeout=timeout, env=env, expect=expect)
