@@ -25,7 +25,7 @@ class UnsupportedError(M3Error):
 
 
 def exit_on_user_error[T](main: Callable[[], T]) -> T:
-    """Run ``main``; an :class:`M3Error` or a full disk becomes one line on stderr and exit status 2, without a traceback."""
+    """Run ``main``; an :class:`M3Error` or a full disk becomes one line on stderr and exit status 2."""
     try:
         return main()
     except M3Error as error:

@@ -23,15 +23,16 @@ def run_command(arguments: Sequence[str], *, timeout: float = 300, env: dict[str
     merged = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
     done = subprocess.run(arguments, cwd=ROOT, env=merged, text=True, capture_output=True, timeout=timeout, check=False)
     if expect is not None and done.returncode != expect:
-        raise AssertionError(f"{' '.join(arguments)} exited {done.returncode}, not {expect}\n{done.stdout}\n{done.stderr}")
+        output = f"{done.stdout}\n{done.stderr}"
+        raise AssertionError(f"{' '.join(arguments)} exited {done.returncode}, not {expect}\n{output}")
     return done
 
 
 def run_ranks(module: str, ranks: int, arguments: Sequence[str] = (), *, timeout: float = 300,
               env: dict[str, str] | None = None, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run ``python -m module`` on ``ranks`` processes under torchrun over gloo on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1",
-               "--master-port", str(free_port()), "-m", module, *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+               "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m", module, *arguments]
     return run_command(command, timeout=timeout, env=env, expect=expect)
 
 

@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import sys
 import textwrap
@@ -24,7 +25,7 @@ def field_docs(cls: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
-        for node, after in zip(body, body[1:], strict=False):
+        for node, after in itertools.pairwise(body):
             if (
                 isinstance(node, ast.AnnAssign)
                 and isinstance(node.target, ast.Name)
@@ -48,7 +49,7 @@ def from_dict[T](cls: type[T], values: dict[str, Any], where: str = "") -> T:
         if name not in hints:
             raise ConfigError(f"{where}{name}: unknown field; known are {', '.join(hints)}")
         kind = hints[name]
-        known[name] = from_dict(kind, value, f"{where}{name}.") if dataclasses.is_dataclass(kind) else value
+        known[name] = from_dict(kind, value, f"{where}{name}.") if _is_section(kind) else value
     return cls(**known)
 
 
@@ -109,7 +110,9 @@ def _add_options(parser: Any, cls: type, prefix: str, defaults: Any) -> None:
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def replace_fields[T](config: T, overrides: dict[str, str]) -> T:

@@ -58,7 +58,8 @@ class ModelConfig:
     def num_non_embedding_parameters(self) -> int:
         """Parameters outside the input embedding and the output projection, norms included."""
         attention = self.hidden_size * self.head_size * 2 * (self.num_heads + self.num_kv_heads)
-        return self.num_layers * (attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size) + self.hidden_size
+        mlp = 3 * self.hidden_size * self.ffn_size
+        return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +298,7 @@ def check_parallel(config: Config) -> None:
     parallel, model = config.parallel, config.model
     if parallel.context != 1:
         raise ConfigError(
-            f"parallel.context={parallel.context}: context parallelism is not supported with explicit memory; set it to 1"
+            f"parallel.context={parallel.context}: context parallelism is not supported with memory; set it to 1"
         )
     for name in ("num_heads", "num_kv_heads", "ffn_size", "padded_vocab_size"):
         if getattr(model, name) % parallel.tensor:

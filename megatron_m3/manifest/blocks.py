@@ -1,4 +1,4 @@
-"""Block files: a long job writes its output in numbered blocks, each whole or absent, so it can stop and go on anywhere.
+"""Block files: a long job writes numbered blocks, each whole or absent, so that it can stop and go on anywhere.
 
 Each block is one safetensors file with its own record ``NAME.json`` (bytes, SHA-256, counts), written after it.
 """
@@ -37,7 +37,9 @@ class BlockFolder:
         if path.exists():
             found = json.loads(path.read_text()).get("key")
             if found != key:
-                raise ArtifactError(f"{folder}: holds blocks made from other inputs or settings; remove it or choose another folder")
+                raise ArtifactError(
+                    f"{folder}: holds blocks made from other inputs or settings; remove it or choose another folder"
+                )
         else:
             if any(self.folder.iterdir()):
                 raise ArtifactError(f"{folder}: not empty, and not begun by this job; choose another folder")

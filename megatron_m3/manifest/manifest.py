@@ -71,8 +71,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` into ``folder``, atomically; do it last."""
+    fields = dataclasses.asdict(manifest) | {"hash": manifest.hash}
     with atomic_path(Path(folder) / NAME) as path:
-        path.write_text(json.dumps(dataclasses.asdict(manifest) | {"hash": manifest.hash}, indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n")
 
 
 def read_manifest(folder: Path, kind: str, schema: int) -> Manifest:
@@ -83,8 +84,9 @@ def read_manifest(folder: Path, kind: str, schema: int) -> Manifest:
     """
     path = Path(folder) / NAME
     if not path.is_file():
-        what = "no such folder" if not Path(folder).is_dir() else f"no {NAME}: unfinished, or not a {kind} folder; make it again"
-        raise ArtifactError(f"{folder}: {what}")
+        if not Path(folder).is_dir():
+            raise ArtifactError(f"{folder}: no such folder")
+        raise ArtifactError(f"{folder}: no {NAME}: unfinished, or not a {kind} folder; make it again")
     try:
         fields = json.loads(path.read_text())
         recorded = fields.pop("hash")
@@ -110,8 +112,9 @@ def check_files(folder: Path, manifest: Manifest, *, checksums: bool = False) ->
         path = Path(folder) / name
         if not path.is_file():
             raise ArtifactError(f"{path}: missing; make the {manifest.kind} again")
-        if path.stat().st_size != recorded["bytes"]:
-            raise ArtifactError(f"{path}: {path.stat().st_size} bytes, the manifest says {recorded['bytes']}; make it again")
+        size = path.stat().st_size
+        if size != recorded["bytes"]:
+            raise ArtifactError(f"{path}: {size} bytes, the manifest says {recorded['bytes']}; make it again")
         if checksums and hash_file(path) != recorded:
             raise ArtifactError(f"{path}: checksum differs from the manifest; the file is damaged, make it again")
 
@@ -124,6 +127,6 @@ def check_input(folder: Path, manifest: Manifest, role: str, actual: str) -> Non
     """
     if manifest.inputs.get(role) != actual:
         raise ArtifactError(
-            f"{folder}: this {manifest.kind} was made from another {role} "
-            f"({manifest.inputs.get(role, 'none')[:12]}, given {actual[:12]}); make it again or give the {role} it was made from"
+            f"{folder}: this {manifest.kind} was made from another {role} ({manifest.inputs.get(role, 'none')[:12]}, "
+            f"given {actual[:12]}); make it again or give the {role} it was made from"
         )

@@ -46,5 +46,5 @@ class Progress:
         left = format_seconds((self.total - self.count) / rate) if rate else "?"
         bar = f"[{'#' * int(20 * share):<20}] " if self.terminal else ""
         state = f"{left} left" if self.count < self.total else f"took {format_seconds(now - self.start)}"
-        print(f"{self.label}: {bar}{100 * share:3.0f}% {self.count:,}/{self.total:,} {self.unit}, {rate:,.4g}/s, {state}",
-              end=end, file=self.stream, flush=True)
+        counts = f"{100 * share:3.0f}% {self.count:,}/{self.total:,} {self.unit}, {rate:,.4g}/s"
+        print(f"{self.label}: {bar}{counts}, {state}", end=end, file=self.stream, flush=True)
