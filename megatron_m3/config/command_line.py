@@ -43,6 +43,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict[T](cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """A config from plain dictionaries. An unknown key is a :class:`ConfigError`; missing ones keep their defaults."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where.rstrip('.') or cls.__name__}: must be an object with named fields")
     hints = typing.get_type_hints(cls)
     known: dict[str, Any] = {}
     for name, value in values.items():

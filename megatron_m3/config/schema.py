@@ -3,10 +3,19 @@
 The command line, the help texts and the files written beside results are all made from these classes.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_m3.errors import ConfigError
+
+
+def _check_range(section: str, config: object, low: float, high: float, *names: str) -> None:
+    """Refuse fields outside [low, high], and nan, by their dotted names."""
+    for name in names:
+        if not low <= getattr(config, name) <= high:
+            allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ConfigError(f"{section}.{name}={getattr(config, name)}: must be {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +48,10 @@ class ModelConfig:
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 * num_layers)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "num_kv_heads", "head_size", "hidden_size", "ffn_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        _check_range("model", self, 1, math.inf, "num_layers", "num_heads", "num_kv_heads", "head_size", "hidden_size",
+                     "ffn_size", "vocab_size", "vocab_multiple")
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}"
-            )
+            raise ConfigError(f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}")
         if self.head_size % 2:
             raise ConfigError(f"model.head_size={self.head_size}: must be even for rotary embeddings")
 
@@ -86,9 +92,7 @@ class MemoryConfig:
     """Text that retrieves for a chunk in training: its own (the paper) or the previous chunk's (honest likelihoods)."""
 
     def __post_init__(self) -> None:
-        for name in ("reference_length", "chunk_length", "references_per_chunk", "window"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"memory.{name}={getattr(self, name)}: must be at least 1")
+        _check_range("memory", self, 1, math.inf, "reference_length", "chunk_length", "references_per_chunk", "window")
         if self.num_kept_tokens < 1:
             raise ConfigError(f"memory.tokens={self.tokens}: must be at least 1, or all")
 
@@ -141,6 +145,10 @@ class DataConfig:
     seed: int = 1234
     """Order of the training sequences."""
 
+    def __post_init__(self) -> None:
+        _check_range("data", self, 1, math.inf, "sequence_length", "prefetch")
+        _check_range("data", self, 0, 1, "max_overlap")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -162,9 +170,7 @@ class ParallelConfig:
     """Recompute every layer's activations in the backward pass."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "interleave", "context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"parallel.{name}={getattr(self, name)}: must be at least 1")
+        _check_range("parallel", self, 1, math.inf, "tensor", "pipeline", "interleave", "context")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +190,10 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
 
+    def __post_init__(self) -> None:
+        _check_range("optimizer", self, 0, math.inf, "lr", "weight_decay", "epsilon", "clip_grad")
+        _check_range("optimizer", self, 0, 1, "beta1", "beta2")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -197,6 +207,9 @@ class ScheduleConfig:
     """Share of the steps, at the end, over which wsd decays."""
     min_ratio: float = 0.01
     """Rate at the end, as a share of optimizer.lr."""
+
+    def __post_init__(self) -> None:
+        _check_range("schedule", self, 0, 1, "warmup_fraction", "decay_fraction", "min_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +233,9 @@ class TrainingConfig:
     init_from: str = ""
     """Checkpoint whose weights the run starts from (continual starts from a warmup checkpoint)."""
 
+    def __post_init__(self) -> None:
+        _check_range("training", self, 1, math.inf, "steps", "global_batch", "micro_batch")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -231,6 +247,10 @@ class CheckpointConfig:
     """Newest checkpoints kept; 0 keeps all."""
     resume: bool = True
     """Go on from the newest checkpoint in training.output, if there is one."""
+
+    def __post_init__(self) -> None:
+        _check_range("checkpoint", self, 1, math.inf, "every")
+        _check_range("checkpoint", self, 0, math.inf, "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +270,11 @@ class GuardConfig:
     max_rollbacks: int = 5
     """The run stops with an error after this many returns."""
 
+    def __post_init__(self) -> None:
+        _check_range("guard", self, 1, math.inf, "spike_factor", "spike_steps")
+        _check_range("guard", self, 0, math.inf, "min_history", "max_rollbacks")
+        _check_range("guard", self, 0, 1, "lr_factor")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
@@ -261,6 +286,10 @@ class LoggingConfig:
     """Write TensorBoard events beside metrics.jsonl."""
     peak_tflops: float = 0.0
     """The device's peak TFLOP/s for MFU; 0 measures the rate of a large matrix product at start."""
+
+    def __post_init__(self) -> None:
+        _check_range("logging", self, 1, math.inf, "every")
+        _check_range("logging", self, 0, math.inf, "peak_tflops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,9 +331,7 @@ def check_parallel(config: Config) -> None:
         )
     for name in ("num_heads", "num_kv_heads", "ffn_size", "padded_vocab_size"):
         if getattr(model, name) % parallel.tensor:
-            raise ConfigError(
-                f"parallel.tensor={parallel.tensor}: must divide model.{name}={getattr(model, name)}"
-            )
+            raise ConfigError(f"parallel.tensor={parallel.tensor}: must divide model.{name}={getattr(model, name)}")
     if model.num_layers % (parallel.pipeline * parallel.interleave):
         raise ConfigError(
             f"parallel.pipeline={parallel.pipeline} with parallel.interleave={parallel.interleave}: "

@@ -1,0 +1,110 @@
+"""The ``m3`` command: a table of jobs, each the ``main`` of a module that is imported only when it runs."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megatron_m3.errors import ConfigError, exit_on_user_error
+
+
+class Job(NamedTuple):
+    """One subcommand."""
+
+    words: tuple[str, ...]
+    """Words after ``m3`` that name it."""
+    module: str
+    """Module whose ``main(argv)`` does it."""
+    summary: str
+    """One line for the list."""
+
+
+def _job(words: str, module: str, summary: str) -> Job:
+    return Job(tuple(words.split()), module, summary)
+
+
+JOBS: dict[str, tuple[Job, ...]] = {
+    "Data": (
+        _job("data wordnet", "data_tools.wordnet", "unpack the WordNet glosses that come with the project as JSONL"),
+        _job("data tokenizer", "data_tools.tokenizer", "train a byte-level BPE tokenizer on a corpus"),
+        _job("data tokenize", "data_tools.tokenize", "corpus (JSONL, txt, parquet) to Megatron .bin/.idx"),
+        _job("data references", "data_tools.references", "cut a corpus into references: the knowledge base"),
+        _job("data embed", "data_tools.embed", "embed the references"),
+        _job("data index", "data_tools.index", "build the vector index over the embeddings"),
+        _job("data neighbours", "data_tools.neighbours", "find each training chunk's references"),
+        _job("data inspect", "data_tools.inspect", "show what a data folder holds"),
+    ),
+    "Training": (
+        _job("pretrain", "launch.pretrain", "train: the warmup stage, or continual train with memory"),
+    ),
+    "Memory": (
+        _job("bank build", "launch.build_bank", "write the memory bank of a checkpoint (run it under mpiexec)"),
+        _job("bank inspect", "launch.inspect_bank", "show what a bank holds, or one reference's memory"),
+    ),
+    "Inference": (
+        _job("generate", "launch.generate", "generate with recall every 64 tokens, showing the references read"),
+    ),
+    "Evaluation": (
+        _job("score", "launch.score", "loss of targets without memory, with, with another's, with the text"),
+        _job("cost", "launch.cost", "the cost model of the three memory formats, and bank sizes"),
+        _job("demo", "launch.demo", "the whole path on WordNet, from corpus to table, on two cores"),
+    ),
+}
+
+AREAS = {job.words[0] for jobs in JOBS.values() for job in jobs if len(job.words) == 2}
+
+GETTING_STARTED = """\
+Getting started:
+  m3 demo                              the whole path in minutes, into demo/run
+  m3 cost --recipe m3-2b               what the three kinds of memory cost
+  m3 pretrain --recipe m3-0.9b --help  every setting, with its default
+"""
+
+
+def overview(area: str = "") -> str:
+    """The list of jobs by group; of those that begin with the word ``area`` when given."""
+    lines = [f"Usage: m3 {area or 'JOB'} {'JOB ' if area else ''}[options]     (--help after a job lists its options)", ""]
+    for group, jobs in JOBS.items():
+        shown = [job for job in jobs if not area or job.words[0] == area]
+        if shown:
+            lines += [f"{group}:", *(f"  m3 {' '.join(job.words):<17}{job.summary}" for job in shown), ""]
+    return "\n".join(lines if area else ["Memory³ on megatron-core", "", *lines, GETTING_STARTED])
+
+
+def find_job(argv: Sequence[str]) -> Job:
+    """The job that the first words of ``argv`` name.
+
+    Raises:
+        ConfigError: no such job; names the closest ones.
+    """
+    jobs = {job.words: job for group in JOBS.values() for job in group}
+    for length in (1, 2):
+        if tuple(argv[:length]) in jobs:
+            return jobs[tuple(argv[:length])]
+    given = " ".join(argv[:2] if argv[0] in AREAS else argv[:1])
+    names = [" ".join(words) for words in jobs]
+    close = [name for name in names if given == name.split()[-1]] or difflib.get_close_matches(given, names, cutoff=0.7)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise ConfigError(f"m3 {given}: unknown job; {hint}`m3 --help` lists the jobs")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the job that ``argv`` (the command line by default) names, with the words that follow."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview(), end="")
+    elif words[0] in AREAS and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print(overview(words[0]))
+    else:
+        job = find_job(words)
+        importlib.import_module(job.module).main(words[len(job.words) :])
+
+
+def console() -> None:
+    """Entry point of the ``m3`` command: a user's mistake ends in one line and exit status 2."""
+    exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    console()
