@@ -1,13 +1,15 @@
 """Artifacts on disk: manifests, checksums, atomic writes, resumable block files."""
 
-from megatron_m3.manifest.blocks import BlockFolder, block_name
+from megatron_m3.manifest.blocks import BlockFolder, block_name, map_block
 from megatron_m3.manifest.manifest import (
     Manifest,
+    atomic_folder,
     atomic_path,
     check_files,
     check_input,
     hash_file,
     hash_json,
+    is_finished,
     read_manifest,
     write_manifest,
 )
@@ -15,12 +17,15 @@ from megatron_m3.manifest.manifest import (
 __all__ = [
     "BlockFolder",
     "Manifest",
+    "atomic_folder",
     "atomic_path",
     "block_name",
     "check_files",
     "check_input",
     "hash_file",
     "hash_json",
+    "is_finished",
+    "map_block",
     "read_manifest",
     "write_manifest",
 ]

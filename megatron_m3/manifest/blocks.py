@@ -15,11 +15,34 @@ from megatron_m3.errors import ArtifactError
 from megatron_m3.manifest.manifest import atomic_path, hash_file, hash_json
 
 JOB = "job.json"
+DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
+          "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+"""numpy's names of safetensors' types."""
 
 
 def block_name(index: int) -> str:
     """File name of block ``index``."""
     return f"block_{index:06d}.safetensors"
+
+
+def map_block(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, memory-mapped and read-only: only what is indexed is read from disk.
+
+    Raises:
+        ArtifactError: the file is missing, cut short or not safetensors.
+    """
+    try:
+        data = np.memmap(path, mode="r", dtype=np.uint8)
+        start = 8 + int(data[:8].view("<u8")[0])
+        header = json.loads(data[8:start].tobytes())
+        return {
+            name: data[start + first : start + last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in header.items()
+            if name != "__metadata__"
+            for first, last in [entry["data_offsets"]]
+        }
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ArtifactError(f"{path}: not a readable block file ({error}); make it again") from None
 
 
 class BlockFolder:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that becomes it when the block ends well, and vanishes otherwise.
+
+    What a killed job left of it is cleared by the next one.
+
+    Raises:
+        ArtifactError: ``folder`` exists and is not an empty folder.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ArtifactError(f"{folder}: exists already; remove it or choose another folder")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -130,3 +156,20 @@ def check_input(folder: Path, manifest: Manifest, role: str, actual: str) -> Non
             f"{folder}: this {manifest.kind} was made from another {role} ({manifest.inputs.get(role, 'none')[:12]}, "
             f"given {actual[:12]}); make it again or give the {role} it was made from"
         )
+
+
+def is_finished(folder: Path, kind: str, schema: int, inputs: dict[str, str], settings: dict[str, Any]) -> bool:
+    """Whether ``folder`` holds the finished artifact of this very job, so that there is nothing left to do.
+
+    Raises:
+        ArtifactError: it holds another artifact, or one with a file missing or cut short.
+    """
+    if not (Path(folder) / NAME).exists():
+        return False
+    manifest = read_manifest(folder, kind, schema)
+    if manifest.inputs != inputs or manifest.settings != settings:
+        raise ArtifactError(
+            f"{folder}: holds {kind} made from other inputs or settings; remove it or choose another folder"
+        )
+    check_files(folder, manifest)
+    return True

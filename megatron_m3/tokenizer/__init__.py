@@ -1,0 +1,5 @@
+"""Text to token ids and back: byte-level BPE, or any tokenizer with a ``tokenizer.json``."""
+
+from megatron_m3.tokenizer.tokenizer import Tokenizer, train_tokenizer
+
+__all__ = ["Tokenizer", "train_tokenizer"]
