@@ -44,6 +44,8 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Share the input embedding with the output projection."""
+    attention: Literal["torch", "reference"] = "torch"
+    """Attention backend: torch (fused library kernels, merged), or reference (plain, slow, the truth)."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 * num_layers)."""
 
@@ -263,6 +265,8 @@ class GuardConfig:
     """The loss diverges when it exceeds its running mean by this factor..."""
     spike_steps: int = 3
     """...for this many steps in a row; a non-finite value counts at once."""
+    norm_spike_factor: float = 10.0
+    """A gradient norm that exceeds its running mean by this factor counts as a spike of the loss."""
     min_history: int = 20
     """Steps before spikes are judged."""
     lr_factor: float = 0.5
@@ -271,7 +275,7 @@ class GuardConfig:
     """The run stops with an error after this many returns."""
 
     def __post_init__(self) -> None:
-        _check_range("guard", self, 1, math.inf, "spike_factor", "spike_steps")
+        _check_range("guard", self, 1, math.inf, "spike_factor", "norm_spike_factor", "spike_steps")
         _check_range("guard", self, 0, math.inf, "min_history", "max_rollbacks")
         _check_range("guard", self, 0, 1, "lr_factor")
 

@@ -1,0 +1,28 @@
+"""The learning rate as a pure function of the step (paper sections 5 and 6)."""
+
+import math
+
+from megatron_m3.config import ScheduleConfig
+
+
+def rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
+    """Share of the highest rate at ``step`` of ``steps``, counted from 0.
+
+    The rate rises linearly over the first ``warmup_fraction`` of the steps and reaches its height on the last of them.
+    Then ``wsd`` stays there until the last ``decay_fraction`` of the steps, over which it falls linearly; ``cosine``
+    falls along half a cosine; ``constant`` stays. Both falls end at ``min_ratio`` on the last step.
+    """
+    warmup = math.ceil(schedule.warmup_fraction * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule.style == "constant":
+        return 1.0
+    decay = math.ceil(schedule.decay_fraction * steps) if schedule.style == "wsd" else steps - warmup
+    fallen = min(1.0, max(0.0, (step + 1 - (steps - decay)) / max(decay, 1)))
+    share = 1 - fallen if schedule.style == "wsd" else (1 + math.cos(math.pi * fallen)) / 2
+    return schedule.min_ratio + (1 - schedule.min_ratio) * share
+
+
+def learning_rate(step: int, steps: int, highest: float, schedule: ScheduleConfig) -> float:
+    """The learning rate at ``step`` of ``steps``, counted from 0, with ``highest`` as its largest value."""
+    return highest * rate_factor(step, steps, schedule)
