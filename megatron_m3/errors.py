@@ -1,7 +1,11 @@
 """The exceptions a user can cause, and how a command turns them into one line and exit status 2."""
 
+import errno
 import sys
 from collections.abc import Callable
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Disk full, quota used up, file size limit reached."""
 
 
 class M3Error(Exception):
@@ -33,10 +37,10 @@ def exit_on_user_error[T](main: Callable[[], T]) -> T:
     except KeyboardInterrupt:
         message = "interrupted"
     except OSError as error:
-        if error.errno is None or (error.filename is None and error.errno != 28):
+        if error.errno is None or (error.filename is None and error.errno not in NO_SPACE):
             raise
         message = f"{error.filename or 'output'}: {error.strerror}" + (
-            "; free space or choose another folder" if error.errno == 28 else ""
+            "; free space or choose another folder" if error.errno in NO_SPACE else ""
         )
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

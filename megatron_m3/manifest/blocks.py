@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from megatron_m3.errors import ArtifactError
 from megatron_m3.manifest.manifest import atomic_path, hash_file, hash_json
@@ -83,7 +83,7 @@ class BlockFolder:
         """Write block ``index`` atomically: the arrays, then its record."""
         path = self.folder / block_name(index)
         with atomic_path(path) as temporary:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+            temporary.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
         record = hash_file(path) | {"info": dict(info or {})}
         with atomic_path(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(record, sort_keys=True) + "\n")
