@@ -1,0 +1,5 @@
+"""Selection of the tokens that an explicit memory keeps."""
+
+from megatron_m3.ops.select_tokens.reference import select_tokens, token_weights
+
+__all__ = ["select_tokens", "token_weights"]

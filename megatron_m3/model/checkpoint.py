@@ -1,0 +1,289 @@
+"""Checkpoints on disk: one folder a step, complete or absent, for any parallel layout.
+
+    step_0000100/   manifest.json (config, weights hash, checksums), tokenizer/, and the files of dist_checkpointing
+
+A checkpoint is written to a hidden folder that gets its name when everything is on disk. Weights are stored by their
+place in the global model, so that a checkpoint of one layout is read by any other.
+"""
+
+import queue
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_m3.config import Config, ParallelConfig, from_dict, to_dict
+from megatron_m3.errors import ArtifactError, ConfigError, M3Error
+from megatron_m3.manifest import Manifest, check_files, hash_file, read_manifest, write_manifest
+from megatron_m3.model.weights_hash import sharded_state, weights_hash
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_m3.tokenizer import Tokenizer
+
+KIND, SCHEMA = "checkpoint", 1
+FOLDER = re.compile(r"step_(\d{7,})")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model read from a checkpoint, with all that belongs to it."""
+
+    model: "GPTModel"
+    """The weights of this process, in evaluation mode."""
+    config: Config
+    """Settings it was trained with; parallel and dtype are those it was loaded with."""
+    tokenizer: "Tokenizer"
+    """The tokenizer it was trained with."""
+    weights_hash: str
+    """Fingerprint of the weights as they stand on disk; memory banks name their model by it."""
+    prefix_ids: list[int]
+    """Token ids of the prefix, its BOS included."""
+
+
+def checkpoint_folder(output: Path, step: int) -> Path:
+    """Folder of the checkpoint after ``step`` steps."""
+    return Path(output) / f"step_{step:07d}"
+
+
+def list_checkpoints(output: Path, *, good: bool = False) -> list[Path]:
+    """Complete checkpoints of a run, oldest first; with ``good`` only those taken while no divergence was suspected."""
+    if not Path(output).is_dir():
+        return []
+    found = sorted((int(match[1]), path) for path in Path(output).iterdir() if (match := FOLDER.fullmatch(path.name)))
+    return [path for _, path in found if not good or read_checkpoint(path).settings["good"]]
+
+
+def read_checkpoint(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, its files' sizes checked.
+
+    Raises:
+        ArtifactError: not a complete checkpoint.
+    """
+    manifest = read_manifest(Path(folder), KIND, SCHEMA)
+    check_files(Path(folder), manifest)
+    return manifest
+
+
+def remove_checkpoints(output: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints; the newest good one always stays. 0 keeps all."""
+    if not keep:
+        return
+    kept = set(list_checkpoints(output)[-keep:]) | set(list_checkpoints(output, good=True)[-1:])
+    for folder in list_checkpoints(output):
+        if folder not in kept:
+            remove_checkpoint(folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove one checkpoint; its name goes first, so that no half of it looks complete."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def save_checkpoint(output: Path, step: int, models: Sequence[Any], config: Config, *,
+                    state: dict[str, Any] | None = None, good: bool = True) -> Path:
+    """Write the checkpoint after ``step`` steps; a collective over all processes.
+
+    Args:
+        output: folder of the run.
+        step: optimizer steps taken.
+        models: model chunks of this process.
+        config: settings of the run, ``data.tokenizer`` among them.
+        state: further state as dist_checkpointing takes it: optimizer, generator, position.
+        good: whether training was healthy when it was taken.
+
+    Raises:
+        M3Error: no space or no permission on disk; nothing is left behind.
+    """
+    from megatron_m3.tokenizer import Tokenizer
+
+    folder = checkpoint_folder(output, step)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    sharded = sharded_state(models) | (state or {})
+    fingerprint, needed = weights_hash(models), _global_bytes(sharded)
+    tokenizer = Tokenizer.load(Path(config.data.tokenizer))
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        free = shutil.disk_usage(temporary).free
+        if needed > free:
+            raise OSError(f"{needed:,} bytes needed, {free:,} free")
+        tokenizer.save(temporary / "tokenizer")
+
+    def finish() -> None:
+        settings = {"config": to_dict(config), "weights_hash": fingerprint, "step": step, "good": good}
+        write_manifest(temporary, Manifest(kind=KIND, schema=SCHEMA, inputs={"tokenizer": tokenizer.hash},
+                                           settings=settings, files=files))
+        if folder.exists():
+            remove_checkpoint(folder)
+        temporary.rename(folder)
+
+    try:
+        _on_first_process(begin)
+        _write_shards(sharded, temporary)
+        files = _hash_files(temporary)
+        _on_first_process(finish)
+    except _DiskError as error:
+        if _is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise M3Error(f"{folder}: cannot save: {error}; free space or choose another training.output") from None
+    return folder
+
+
+def load_state(folder: Path, sharded: dict[str, Any]) -> dict[str, Any]:
+    """Read what ``sharded`` describes from a checkpoint; tensors are filled in place where they can be.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or lacks something asked for.
+    """
+    from megatron.core import dist_checkpointing
+
+    read_checkpoint(folder)
+    try:
+        return dist_checkpointing.load(sharded, str(folder))
+    except Exception as error:  # dist_checkpointing raises whatever the damaged bytes provoke
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"{folder}: cannot be read ({reason[:200]}); take another checkpoint") from error
+
+
+def load_weights(folder: Path, models: Sequence[Any]) -> str:
+    """Fill the model chunks of this process with a checkpoint's weights, and check them; a collective.
+
+    Returns:
+        The weights' fingerprint.
+
+    Raises:
+        ArtifactError: the weights are not the ones that were saved.
+    """
+    loaded = load_state(folder, sharded_state(models))
+    for index, chunk in enumerate(models):
+        chunk.load_state_dict(loaded["model" if len(models) == 1 else f"model{index}"])
+    return check_weights(folder, models)
+
+
+def check_weights(folder: Path, models: Sequence[Any]) -> str:
+    """Check that the model chunks hold exactly a checkpoint's weights, and return their fingerprint; a collective."""
+    recorded = read_checkpoint(folder).settings["weights_hash"]
+    if weights_hash(models) != recorded:
+        raise ArtifactError(f"{folder}: the weights differ from those saved; a file is damaged, take another checkpoint")
+    return str(recorded)
+
+
+def check_same_model(folder: Path, config: Config) -> None:
+    """Refuse a checkpoint of a model of another shape.
+
+    Raises:
+        ConfigError: names the first field that differs.
+    """
+    stored = read_checkpoint(folder).settings["config"]["model"]
+    for name, value in to_dict(config.model).items():
+        if name != "init_std" and stored.get(name) != value:
+            raise ConfigError(f"model.{name}={value}: the checkpoint {folder} has {stored.get(name)}; make them equal")
+
+
+def load_model(folder: Path, *, tensor: int = 1, dtype: str | None = None) -> LoadedModel:
+    """Read a model for inference on ``tensor`` processes, whatever layout it was trained with.
+
+    Args:
+        folder: one checkpoint (``step_0000100``), or a run's folder, whose newest one is taken.
+        tensor: tensor-parallel processes; the world is joined if it has not been.
+        dtype: fp32 or bf16; by default what it was trained with.
+
+    Raises:
+        ArtifactError: no checkpoint there, or a damaged one.
+        ConfigError: ``tensor`` does not divide the model.
+    """
+    from megatron.core import parallel_state
+
+    from megatron_m3.model import build_model
+    from megatron_m3.platform import initialize_parallel
+    from megatron_m3.tokenizer import Tokenizer
+
+    folder = (list_checkpoints(Path(folder)) or [Path(folder)])[-1]
+    settings = read_checkpoint(folder).settings
+    config = replace(from_dict(Config, settings["config"]), parallel=ParallelConfig(tensor=tensor))
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    if not parallel_state.model_parallel_is_initialized():
+        initialize_parallel(config.parallel, config.training.seed)
+    model = build_model(config)[0].to(DTYPES[config.training.dtype])
+    fingerprint = load_weights(folder, [model])
+    if dtype is not None:
+        config = replace(config, training=replace(config.training, dtype=dtype))
+        model = model.to(DTYPES[dtype])
+    return LoadedModel(model=model.eval(), config=config, tokenizer=tokenizer, weights_hash=fingerprint,
+                       prefix_ids=tokenizer.prefix_ids(config.memory.prefix))
+
+
+class _DiskError(Exception):
+    """Writing failed on some process; raised on all."""
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _on_first_process(action: Callable[[], None]) -> None:
+    """Run ``action`` on the first process; if the disk refuses, all processes raise."""
+    failure: list[str | None] = [None]
+    if _is_first():
+        try:
+            action()
+        except OSError as error:
+            failure = [error.strerror or str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise _DiskError(failure[0])
+
+
+def _write_shards(sharded: dict[str, Any], folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    # Saving is synchronous, so results need no queue between processes; the one that megatron-core would start is
+    # a process of its own, which the signals that mean "save and leave" kill.
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        dist_checkpointing.save(sharded, str(folder))
+    except (CheckpointException, OSError) as error:
+        raise _DiskError(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The disk's own words, from wherever they are in the report of dist_checkpointing."""
+    found = re.search(r"\[Errno \d+\] ([^:'\"\n]+)", str(error))
+    return found[1] if found else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of each file, shared out over the processes."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    mine = {name: hash_file(folder / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return {name: record for part in parts for name, record in part.items()}
+
+
+def _global_bytes(sharded: dict[str, Any]) -> int:
+    """Bytes that all processes together will write."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+
+    mine = sum(
+        shard.data.numel() * shard.data.element_size()
+        for shard in nested_values(sharded)
+        if isinstance(shard, ShardedTensor | ShardedTensorFactory) and is_main_replica(shard.replica_id)
+    )
+    total: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(total, mine)
+    return sum(total)

@@ -1,0 +1,113 @@
+"""The joint sequence: references and context in one forward pass, so that gradients flow through the references (3.5).
+
+A sequence is ``[references | prefix | context]``. Token-wise layers do not know of the parts. Prefix and context together
+are the *trunk*. References stand first, so that dropping them after the last memory layer keeps a contiguous tail, and the
+trunk's causal attention needs no gathering. Positions are explicit: prefix 0..p-1, every reference p..p+127, context from
+p+128 (or from 0 where there is no prefix).
+
+Letters: S joint sequence, B batch, C references (one a chunk), R tokens of a reference, T trunk, H and G heads,
+D head size, K kept tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_m3.config import Config
+from megatron_m3.model.rope import Rope, rotate
+from megatron_m3.ops.memory_attention import get_backend
+from megatron_m3.ops.select_tokens import select_tokens
+
+
+def trunk_positions(prefix_length: int, reference_length: int, context_length: int) -> Tensor:
+    """Positions of prefix and context: the context follows the interval of the references, if there is a prefix."""
+    start = prefix_length + (reference_length if prefix_length else 0)
+    return torch.cat([torch.arange(prefix_length), torch.arange(context_length) + start])
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointLayout:
+    """Attention plan of a training pass: which rows are what, at which positions, reading which memories."""
+
+    config: Config
+    """Shapes, memory layers, window and selection rule."""
+    prefix_length: int
+    """Tokens of the prefix; 0 in the warmup stage."""
+    context_length: int
+    """Rows of the context, padding included."""
+    reference_lengths_BC: Tensor | None
+    """Tokens of each chunk's reference, 0 where it is missing; None in the warmup stage."""
+
+    @property
+    def num_reference_rows(self) -> int:
+        """Rows at the head of the sequence that hold references."""
+        lengths = self.reference_lengths_BC
+        return 0 if lengths is None else lengths.shape[1] * self.config.memory.reference_length
+
+    def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
+        """See :class:`megatron_m3.model.attention.AttentionPlan`; the last memory layer returns the trunk alone."""
+        backend = get_backend(self.config.model.attention)
+        carries_references = self.reference_lengths_BC is not None and layer <= self.config.memory_layers[-1]
+        head = self.num_reference_rows if carries_references else 0
+        table = self._rope_table(query_SBHD.device, query_SBHD.dtype, carries_references)
+        query_BSHD, key_BSGD = (rotate(part, table).transpose(0, 1) for part in (query_SBHD, key_SBGD))
+        value_BSGD = value_SBGD.transpose(0, 1)
+        trunk = query_BSHD[:, head:], key_BSGD[:, head:], value_BSGD[:, head:]
+        if not carries_references:
+            return backend.causal_attention(*trunk).transpose(0, 1)
+        rotated = query_BSHD[:, :head], key_BSGD[:, :head], value_BSGD[:, :head]
+        if layer in self.config.memory_layers:
+            memories = self._memories(query_SBHD[:head], key_SBGD[:head], *rotated[1:])
+            out_BTHD = backend.memory_attention(
+                *trunk, *memories, prefix_length=self.prefix_length,
+                chunk_length=self.config.memory.chunk_length, window=self.config.memory.window,
+            )
+        else:
+            out_BTHD = backend.causal_attention(*trunk)
+        if layer == self.config.memory_layers[-1]:
+            return out_BTHD.transpose(0, 1)
+        references_BSHD = self._attend_in_references(backend, rotated, trunk)
+        return torch.cat([references_BSHD, out_BTHD], 1).transpose(0, 1)
+
+    def _rope_table(self, device: torch.device, dtype: torch.dtype, references: bool) -> tuple[Tensor, Tensor]:
+        memory = self.config.memory
+        trunk = trunk_positions(self.prefix_length, memory.reference_length, self.context_length)
+        if references:
+            once = torch.arange(memory.reference_length) + self.prefix_length
+            count = self.num_reference_rows // memory.reference_length
+            trunk = torch.cat([once.repeat(count), trunk])
+        rope = Rope(self.config.model.head_size, self.config.model.rope_theta)
+        # one more axis for the batch
+        return rope.table(trunk.to(device)[:, None], dtype)
+
+    def _split(self, rows_BSHD: Tensor) -> Tensor:
+        """Reference rows ``[B, C * R, heads, D]`` as ``[B * C, R, heads, D]``."""
+        return rows_BSHD.reshape(-1, self.config.memory.reference_length, *rows_BSHD.shape[2:])
+
+    def _memories(
+        self, query_SBHD: Tensor, key_SBGD: Tensor, rotated_key_BSGD: Tensor, value_BSGD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Kept keys and values ``[B, C, K, G, D]`` of each reference, and which of them are there ``[B, C, K]``."""
+        assert self.reference_lengths_BC is not None
+        B, C = self.reference_lengths_BC.shape
+        memory = self.config.memory
+        indices_NGK, valid_NK = select_tokens(
+            self._split(query_SBHD.detach().transpose(0, 1)),
+            self._split(key_SBGD.detach().transpose(0, 1)),
+            self.reference_lengths_BC.flatten(), memory.num_kept_tokens, memory.selection,
+        )
+        index_NKGD = indices_NGK.transpose(1, 2)[..., None].expand(-1, -1, -1, key_SBGD.shape[-1])
+        kept = [self._split(rows).gather(1, index_NKGD) for rows in (rotated_key_BSGD, value_BSGD)]
+        key, value = (rows.reshape(B, C, *rows.shape[1:]) for rows in kept)
+        return key, value, valid_NK.reshape(B, C, -1)
+
+    def _attend_in_references(
+        self, backend: "torch.types.ModuleType", rotated: tuple[Tensor, ...], trunk: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Each reference's tokens read the prefix and their own reference: ``[B, C * R, H, D]``."""
+        B, rows = rotated[0].shape[:2]
+        count = rows // self.config.memory.reference_length
+        prefix = (part[:, : self.prefix_length].repeat_interleave(count, 0) for part in trunk[1:])
+        out_NRHD = backend.reference_attention(*map(self._split, rotated), *prefix)
+        return out_NRHD.reshape(B, rows, *out_NRHD.shape[2:])

@@ -1,0 +1,27 @@
+"""Rotary position embedding, applied inside core attention so that selection sees queries and keys before it."""
+
+import torch
+from torch import Tensor
+
+
+class Rope:
+    """Rotates pairs (i, i + D/2) of a head's D numbers by ``position * theta ** (-2i / D)``."""
+
+    def __init__(self, head_size: int, theta: float) -> None:
+        self.frequency = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+
+    def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[*positions, 1, D/2]`` for vectors whose heads stand after the positions."""
+        angle = positions.to(torch.float64)[..., None, None] * self.frequency.to(positions.device)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def rotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """Rotate ``[..., heads, D]`` vectors, whose leading axes broadcast with those of ``positions``."""
+        return rotate(vectors, self.table(positions, vectors.dtype))
+
+
+def rotate(vectors: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate vectors ``[..., heads, D]`` by a table from :meth:`Rope.table`."""
+    cosine, sine = table
+    first, second = vectors.chunk(2, -1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)

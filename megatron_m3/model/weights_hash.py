@@ -1,0 +1,77 @@
+"""A fingerprint of a model's weights that does not depend on how they are laid over processes.
+
+Every weight's bits are mixed with the position that it has in its global tensor, and the mixtures are added up modulo
+2^64: a sum has no order, so shards of any layout give the same one. The sums of all tensors, sorted by name, go into
+one SHA-256.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_m3.manifest import hash_json
+
+BLOCK = 1 << 22
+MULTIPLIERS = (-7046029254386353131, -4417276706812531889, -7723592293110705685)
+BIT_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def sharded_state(models: Sequence[Any]) -> dict[str, Any]:
+    """The sharded state of all model chunks of this process, keyed as dist_checkpointing wants it."""
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+    if len(models) == 1:
+        return {"model": models[0].sharded_state_dict(metadata=metadata)}
+    return {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(models)}
+
+
+def weights_hash(models: Sequence[Any]) -> str:
+    """The fingerprint, as hexadecimal SHA-256; a collective over all processes, the same for every layout.
+
+    Args:
+        models: model chunks of this process (GPTModel, wrapped or not).
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+
+    state = sharded_state(models)
+    apply_factories(state)
+    sums: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    for shard in nested_values(state):
+        if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id):
+            _, _, total = sums.get(shard.key, ("", (), 0))
+            total = _wrap(total + _shard_sum(shard.data, shard.global_offset, shard.global_shape))
+            sums[shard.key] = (str(shard.dtype), tuple(shard.global_shape), total)
+    gathered: list[Any] = [sums]
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, sums)
+    whole: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    for part in gathered:
+        for key, (dtype, shape, total) in part.items():
+            whole[key] = (dtype, shape, _wrap(total + whole.get(key, (dtype, shape, 0))[2]))
+    return hash_json(whole)
+
+
+def _wrap(number: int) -> int:
+    """``number`` modulo 2^64, as signed."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _shard_sum(data: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> int:
+    """Sum over a shard's elements of their mixtures of bits and global position, modulo 2^64."""
+    data = data.detach()
+    data = data.reshape((1,) * (len(shape) - data.dim()) + tuple(data.shape))
+    position = torch.zeros((), dtype=torch.int64, device=data.device)
+    for axis, (first, length) in enumerate(zip(offset, shape, strict=True)):
+        index = torch.arange(first, first + data.shape[axis], device=data.device)
+        position = position * length + index.view([-1 if other == axis else 1 for other in range(len(shape))])
+    bits = data.contiguous().view(BIT_TYPES[data.element_size()]).reshape(-1)
+    position, total = position.reshape(-1), 0
+    for first in range(0, bits.numel(), BLOCK):
+        block = bits[first : first + BLOCK].to(torch.int64) * MULTIPLIERS[0]
+        block = block + position[first : first + BLOCK] * MULTIPLIERS[1]
+        block = (block ^ (block >> 29)) * MULTIPLIERS[2]
+        total = _wrap(total + int((block ^ (block >> 32)).sum()))
+    return total

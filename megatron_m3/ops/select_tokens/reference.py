@@ -1,0 +1,64 @@
+"""Which tokens of a reference an explicit memory keeps: the rule of section 3.2, written from the equation.
+
+Letters: N references, T tokens of a reference, H query heads, G key-value heads, D head size, K kept tokens.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def token_weights(
+    query_NTHD: Tensor, key_NTGD: Tensor, lengths_N: Tensor, rule: Literal["softmax", "exp"] = "softmax"
+) -> Tensor:
+    """Attention that each token receives, summed over queries and over the query heads of its key-value head.
+
+    ``w_j = sum_i softmax_j(q_i . k_j / sqrt(D))`` over the reference's own tokens: no causal mask, no RoPE. With rule
+    "exp" the softmax's normalisation is left out; the result is then its logarithm, which has the same order.
+
+    Args:
+        query_NTHD: queries before RoPE.
+        key_NTGD: keys before RoPE.
+        lengths_N: tokens of each reference; later ones are padding and take no part.
+        rule: softmax (section 3.3) or exp (the paper's code).
+
+    Returns:
+        Weights ``[N, G, T]`` in fp32, -inf at padding.
+    """
+    N, T, H, D = query_NTHD.shape
+    G = key_NTGD.shape[2]
+    wide = torch.promote_types(query_NTHD.dtype, torch.float32)
+    query_NTGRD = query_NTHD.to(wide).reshape(N, T, G, H // G, D)
+    score_NGRTT = torch.einsum("nigrd,njgd->ngrij", query_NTGRD, key_NTGD.to(wide)) / D**0.5
+    valid_NT = torch.arange(T, device=lengths_N.device) < lengths_N[:, None]
+    score_NGRTT = score_NGRTT.masked_fill(~valid_NT[:, None, None, None, :], -torch.inf)
+    if rule == "exp":
+        score_NGRTT = score_NGRTT.masked_fill(~valid_NT[:, None, None, :, None], -torch.inf)
+        return score_NGRTT.logsumexp((2, 3))
+    attention_NGRTT = score_NGRTT.softmax(-1) * valid_NT[:, None, None, :, None]
+    # a missing reference has no valid key at all: its softmax is NaN and its weights are -inf
+    return attention_NGRTT.sum((2, 3)).masked_fill(~valid_NT[:, None, :], -torch.inf)
+
+
+@torch.no_grad()
+def select_tokens(
+    query_NTHD: Tensor,
+    key_NTGD: Tensor,
+    lengths_N: Tensor,
+    num_kept: int,
+    rule: Literal["softmax", "exp"] = "softmax",
+) -> tuple[Tensor, Tensor]:
+    """The ``num_kept`` tokens with the largest weight for each key-value head, in their order of position.
+
+    Equal weights are decided for the earlier token. A reference shorter than ``num_kept`` keeps what it has.
+
+    Returns:
+        indices ``[N, G, K]``, ascending, 0 where nothing is kept; valid ``[N, K]``, False where nothing is kept.
+    """
+    T = query_NTHD.shape[1]
+    weight_NGT = token_weights(query_NTHD, key_NTGD, lengths_N, rule)
+    order_NGK = weight_NGT.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
+    valid_NK = torch.arange(order_NGK.shape[-1], device=lengths_N.device) < lengths_N[:, None]
+    kept_NGK = order_NGK.masked_fill(~valid_NK[:, None, :], T).sort(-1).values
+    return kept_NGK.masked_fill(~valid_NK[:, None, :], 0), valid_NK

@@ -1,0 +1,81 @@
+"""Processes: joining the world, and its tensor-, pipeline- and data-parallel groups."""
+
+import datetime
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from megatron_m3.config import ParallelConfig
+from megatron_m3.errors import ConfigError
+from megatron_m3.platform.platform import Platform, select
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def _join_world(platform: Platform) -> None:
+    """Join the world a launcher describes in the environment, or make a world of this one process."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(platform.backend, timeout=TIMEOUT)
+        return
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", port, 1, is_master=True)
+    dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+
+
+def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
+    """Refuse a world that the model-parallel sizes do not divide."""
+    model_parallel = parallel.tensor * parallel.pipeline
+    if world_size % model_parallel:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} needs a multiple of "
+            f"{model_parallel} processes, there are {world_size}; start that many, e.g. "
+            f"`torchrun --nproc-per-node {model_parallel}`"
+        )
+
+
+def initialize_parallel(parallel: ParallelConfig, seed: int) -> Platform:
+    """Join the world and build megatron-core's process groups; call :func:`shut_down` at the end.
+
+    Under a launcher the environment's RANK, WORLD_SIZE and MASTER_ADDR are used; alone, the world is one process.
+
+    Raises:
+        ConfigError: the parallel sizes do not divide the number of processes; nothing has been joined then.
+    """
+    platform = select(int(os.environ.get("LOCAL_RANK", "0")))
+    check_world_size(parallel, int(os.environ.get("WORLD_SIZE", "1")))
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not dist.is_initialized():
+        _join_world(platform)
+    parallel_state.initialize_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.interleave if parallel.interleave > 1 else None,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return platform
+
+
+def shut_down() -> None:
+    """Leave the process groups and the world."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def parallel_world(parallel: ParallelConfig, seed: int) -> Iterator[Platform]:
+    """:func:`initialize_parallel` for the length of a block."""
+    try:
+        yield initialize_parallel(parallel, seed)
+    finally:
+        shut_down()

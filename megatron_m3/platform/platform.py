@@ -1,0 +1,85 @@
+"""The device this process computes on, chosen once: CUDA where there is one, else the CPU."""
+
+import functools
+import importlib.metadata
+import importlib.util
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from megatron_m3.errors import UnsupportedError
+from megatron_m3.platform import cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """Where tensors live and how processes talk."""
+
+    device: torch.device
+    """Device of parameters and activations."""
+    backend: str
+    """torch.distributed backend: nccl or gloo."""
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the device is a CUDA GPU."""
+        return self.device.type == "cuda"
+
+
+def _refuse_unrelated_apex() -> None:
+    """PyPI's ``apex`` is a web toolkit; NVIDIA's has ``apex.optimizers``."""
+    found = importlib.util.find_spec("apex")
+    if found is not None and importlib.util.find_spec("apex.optimizers") is None:
+        raise UnsupportedError(
+            "apex: the installed package is not NVIDIA's apex but an unrelated project of that name on PyPI; "
+            "run `pip uninstall apex` (NVIDIA's is optional and built from its own source, see requirements-gpu.txt)"
+        )
+
+
+@functools.cache
+def select(local_rank: int = 0) -> Platform:
+    """Choose the platform of this process; call it before importing anything of megatron.core.
+
+    With CUDA present nothing is patched. Without it the stand-ins of :mod:`megatron_m3.platform.cpu` are installed.
+
+    Raises:
+        UnsupportedError: PyPI's unrelated ``apex`` is installed.
+    """
+    _refuse_unrelated_apex()
+    warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return Platform(device=torch.device("cuda", local_rank), backend="nccl")
+    cpu.install()
+    return Platform(device=torch.device("cpu"), backend="gloo")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def report() -> dict[str, str]:
+    """What is live on this platform: device, optimizer, norm, attention and loader libraries, by name and version."""
+    platform = select()
+    transformer_engine = importlib.util.find_spec("transformer_engine") if platform.is_cuda else None
+    apex = importlib.util.find_spec("apex") if platform.is_cuda else None
+    optimizer = (
+        "Transformer Engine FusedAdam" if transformer_engine else "apex FusedAdam" if apex else "torch AdamW"
+    )
+    name = torch.cuda.get_device_name(platform.device) if platform.is_cuda else "CPU"
+    return {
+        "device": name,
+        "backend": platform.backend,
+        "torch": torch.__version__,
+        "megatron-core": _version("megatron-core") or "absent",
+        "optimizer": optimizer,
+        "norm": "torch rms_norm",
+        "attention": "torch flash attention merged with memories",
+        "transformer-engine": _version("transformer-engine") or "absent",
+        "dali": _version("nvidia-dali-cuda130") or "absent",
+    }
