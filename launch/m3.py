@@ -64,7 +64,7 @@ Getting started:
 
 def overview(area: str = "") -> str:
     """The list of jobs by group; of those that begin with the word ``area`` when given."""
-    lines = [f"Usage: m3 {area or 'JOB'} {'JOB ' if area else ''}[options]     (--help after a job lists its options)", ""]
+    lines = [f"Usage: m3 {f'{area} ' if area else ''}JOB [options]     (--help after a job lists its options)", ""]
     for group, jobs in JOBS.items():
         shown = [job for job in jobs if not area or job.words[0] == area]
         if shown:

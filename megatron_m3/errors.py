@@ -1,6 +1,7 @@
 """The exceptions a user can cause, and how a command turns them into one line and exit status 2."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -36,6 +37,9 @@ def exit_on_user_error[T](main: Callable[[], T]) -> T:
         message = str(error)
     except KeyboardInterrupt:
         message = "interrupted"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno is None or (error.filename is None and error.errno not in NO_SPACE):
             raise

@@ -6,9 +6,11 @@ from megatron_m3.config.command_line import (
     given_options,
     make_parser,
     parse,
+    peek_option,
     replace_fields,
     to_dict,
 )
+from megatron_m3.config.flops import StepFlops, step_flops
 from megatron_m3.config.recipes import RECIPES, get_recipe, recipe
 from megatron_m3.config.schema import (
     CheckpointConfig,
@@ -36,6 +38,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ScheduleConfig",
+    "StepFlops",
     "TrainingConfig",
     "dump_json",
     "from_dict",
@@ -43,7 +46,9 @@ __all__ = [
     "given_options",
     "make_parser",
     "parse",
+    "peek_option",
     "recipe",
     "replace_fields",
+    "step_flops",
     "to_dict",
 ]

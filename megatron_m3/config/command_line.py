@@ -168,9 +168,22 @@ def given_options(namespace: argparse.Namespace) -> dict[str, str]:
     return {name: value for name, value in vars(namespace).items() if value is not UNSET}
 
 
-def parse[T](cls: type[T], argv: Sequence[str] | None, prog: str, description: str) -> T:
-    """Parse ``argv`` into an instance of the dataclass ``cls``; fields without a default are required options."""
-    given = given_options(make_parser(cls, prog, description).parse_args(argv))
+def peek_option(argv: Sequence[str] | None, option: str, default: str) -> str:
+    """The value of one option before the command line is parsed, for choosing the other options' defaults by it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(option, dest="value", nargs="?", default=default, const=default)
+    return str(parser.parse_known_args(argv)[0].value)
+
+
+def parse[T](cls: type[T], argv: Sequence[str] | None, prog: str, description: str, defaults: T | None = None) -> T:
+    """Parse ``argv`` into an instance of the dataclass ``cls``.
+
+    Options that are not given keep the values of ``defaults``; without it, the fields' own defaults, and fields that
+    have none are required.
+    """
+    given = given_options(make_parser(cls, prog, description, defaults).parse_args(argv))
+    if defaults is not None:
+        return replace_fields(defaults, given)
     hints = typing.get_type_hints(cls)
     top = {name: _convert(hints[name], text, f"--{name}") for name, text in given.items() if "." not in name}
     return replace_fields(cls(**top), {name: text for name, text in given.items() if "." in name})
