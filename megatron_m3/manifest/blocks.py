@@ -90,8 +90,12 @@ class BlockFolder:
 
     def info(self, num_blocks: int) -> Iterator[dict[str, Any]]:
         """The ``info`` of every block, in order."""
-        for index in range(num_blocks):
-            yield json.loads((self.folder / block_name(index)).with_suffix(".json").read_text())["info"]
+        return map(self.read_info, range(num_blocks))
+
+    def read_info(self, index: int) -> dict[str, Any]:
+        """The ``info`` of one block."""
+        info: dict[str, Any] = json.loads((self.folder / block_name(index)).with_suffix(".json").read_text())["info"]
+        return info
 
     def files(self, num_blocks: int) -> dict[str, dict[str, Any]]:
         """The ``files`` entry of the finished artifact's manifest."""

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from megatron_m3.errors import ArtifactError, ConfigError
 from megatron_m3.manifest import (
@@ -85,6 +85,11 @@ class Tokenizer:
             write_manifest(temporary, self.manifest)
 
 
+def settings(vocab_size: int) -> dict[str, Any]:
+    """Settings in the manifest of a tokenizer trained for ``vocab_size`` tokens."""
+    return {"bos": BOS, "eos": EOS, "vocab_size": vocab_size}
+
+
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, folder: str | Path, *, inputs: dict[str, str] | None = None
 ) -> Tokenizer:
@@ -118,7 +123,7 @@ def train_tokenizer(
             kind=KIND,
             schema=SCHEMA,
             inputs=inputs or {},
-            settings={"bos": BOS, "eos": EOS, "vocab_size": vocab_size},
+            settings=settings(vocab_size),
             files={FILE: hash_file(temporary / FILE)},
             info={"tokens": backend.get_vocab_size()},
         )

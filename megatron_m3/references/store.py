@@ -1,0 +1,116 @@
+"""The reference store: token ids, text and source of every reference, in memory-mapped block files.
+
+Reference ``id`` is row ``id % block_size`` of block ``id // block_size``. Arrays of a block of n references:
+``tokens`` [n, reference_length], zero padded; ``lengths`` [n]; ``text`` bytes and ``text_offsets`` [n + 1];
+``document`` bytes (the id of its document) and ``document_offsets`` [n + 1]; ``first_token`` [n].
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from megatron_m3.errors import DataError
+from megatron_m3.manifest import Manifest, block_name, check_files, check_input, map_block, read_manifest
+
+KIND, SCHEMA = "references", 1
+OPEN_BLOCKS = 256
+"""Most blocks mapped at a time."""
+
+
+def arrays_of_block(
+    pieces: Sequence[tuple[str, Sequence[int], str, int]], reference_length: int, vocab_size: int
+) -> dict[str, np.ndarray]:
+    """The arrays of a block, from (text, tokens, document id, first token) of each reference."""
+    tokens = np.zeros((len(pieces), reference_length), np.uint16 if vocab_size <= 1 << 16 else np.int32)
+    for row, piece in zip(tokens, pieces, strict=True):
+        row[: len(piece[1])] = piece[1]
+    text, text_offsets = _pack([piece[0] for piece in pieces])
+    document, document_offsets = _pack([piece[2] for piece in pieces])
+    return {
+        "tokens": tokens,
+        "lengths": np.array([len(piece[1]) for piece in pieces], np.int32),
+        "text": text,
+        "text_offsets": text_offsets,
+        "document": document,
+        "document_offsets": document_offsets,
+        "first_token": np.array([piece[3] for piece in pieces], np.int64),
+    }
+
+
+def _pack(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    encoded = [text.encode() for text in texts]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return np.frombuffer(b"".join(encoded), np.uint8), offsets
+
+
+class ReferenceStore:
+    """Reads the knowledge base; ids run from 0 to ``len(store) - 1``."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest, self.hash = folder, manifest, manifest.hash
+        self.tokenizer_hash = manifest.inputs["tokenizer"]
+        self.reference_length: int = manifest.settings["reference_length"]
+        self.block_size: int = manifest.settings["block_size"]
+        self._block = functools.lru_cache(OPEN_BLOCKS)(lambda index: map_block(self.folder / block_name(index)))
+        self.num_blocks = len(manifest.files)
+        self._length = (self.num_blocks - 1) * self.block_size + len(self._block(self.num_blocks - 1)["lengths"])
+
+    @classmethod
+    def open(cls, folder: str | Path, *, check: bool = False, tokenizer_hash: str | None = None) -> Self:
+        """Open a folder made by ``m3 data references``; ``check`` verifies every checksum, else only sizes.
+
+        Raises:
+            ArtifactError: not a reference folder, a damaged one, or one of another tokenizer.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder, KIND, SCHEMA)
+        check_files(folder, manifest, checksums=check)
+        if tokenizer_hash is not None:
+            check_input(folder, manifest, "tokenizer", tokenizer_hash)
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def tokens(self, ids: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 [N, reference_length], zero padded, and lengths int32 [N].
+
+        Raises:
+            DataError: an id that no reference has.
+        """
+        ids = np.asarray(ids, np.int64)
+        if ids.size and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise DataError(f"{self.folder}: reference {max(ids, key=abs)} is not in 0-{len(self) - 1}")
+        tokens = np.empty((len(ids), self.reference_length), np.int32)
+        lengths = np.empty(len(ids), np.int32)
+        blocks = ids // self.block_size
+        for index in np.unique(blocks):
+            chosen, block = blocks == index, self._block(int(index))
+            rows = ids[chosen] % self.block_size
+            tokens[chosen], lengths[chosen] = block["tokens"][rows], block["lengths"][rows]
+        return tokens, lengths
+
+    def text(self, id: int) -> str:
+        """Text of one reference."""
+        return self._text("text", id)
+
+    def texts(self, ids: Sequence[int] | range) -> list[str]:
+        """Texts of several references."""
+        return [self._text("text", id) for id in ids]
+
+    def source(self, id: int) -> tuple[str, int]:
+        """The id of the document that a reference was cut from, and its first token's place there."""
+        return self._text("document", id), int(self._row(id)[0]["first_token"][id % self.block_size])
+
+    def _row(self, id: int) -> tuple[dict[str, np.ndarray], int]:
+        if not 0 <= id < len(self):
+            raise DataError(f"{self.folder}: reference {id} is not in 0-{len(self) - 1}")
+        return self._block(id // self.block_size), id % self.block_size
+
+    def _text(self, name: str, id: int) -> str:
+        block, row = self._row(id)
+        first, last = block[f"{name}_offsets"][row : row + 2]
+        return block[name][first:last].tobytes().decode()
