@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import importlib.util
+import logging
 import warnings
 from dataclasses import dataclass
 
@@ -49,6 +50,9 @@ def select(local_rank: int = 0) -> Platform:
     _refuse_unrelated_apex()
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # known and not for users: GPTModel's deprecation, and CUDA looked for by a build helper
+    for name in ("megatron.core", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return Platform(device=torch.device("cuda", local_rank), backend="nccl")

@@ -139,6 +139,12 @@ def _slide(memory_BCMGD: Tensor, window: int) -> Tensor:
     return padded.unfold(1, window, 1).permute(0, 1, 3, 5, 2, 4).reshape(B, C, G, window * M, D)
 
 
+def _repeat_last(tensor_BC: Tensor, chunks: int) -> Tensor:
+    """The last chunk's entry repeated until there are ``chunks``."""
+    extra = chunks - tensor_BC.shape[1]
+    return torch.cat([tensor_BC, tensor_BC[:, -1:].expand(-1, extra, *tensor_BC.shape[2:])], 1) if extra else tensor_BC
+
+
 def _heads_first(tensor_BTGD: Tensor, heads: int) -> Tensor:
     """``[B, T, G, D]`` as ``[B, heads, T, D]``, each key-value head repeated for its query heads."""
     repeat = heads // tensor_BTGD.shape[2]
@@ -151,18 +157,20 @@ def memory_attention(
 ) -> Tensor:
     """See :func:`megatron_m3.ops.memory_attention.reference.memory_attention`; memory grows linearly with length.
 
-    A single chunk (``C == 1``) may be read by a context of any length; otherwise ``S <= C * chunk_length``.
+    Positions after the last chunk read what that chunk reads.
     """
     heads, num_context = query_BTHD.shape[2], query_BTHD.shape[1] - prefix_length
     B, C, M = memory_valid_BCM.shape
     length = max(num_context, 1) if C == 1 else chunk_length
-    assert num_context <= C * length, "the context is longer than its chunks"
+    chunks = max(C, -(-num_context // length))
     window = min(window, C)
     valid = functional.pad(memory_valid_BCM, (0, 0, window - 1, 0)).unfold(1, window, 1)
+    valid = valid.transpose(2, 3).reshape(B, C, window * M)
     out_BHTD = _JointSoftmax.apply(
         query_BTHD.transpose(1, 2), _heads_first(key_BTGD, heads), _heads_first(value_BTGD, heads),
-        _slide(memory_key_BCMGD, window), _slide(memory_value_BCMGD, window),
-        valid.transpose(2, 3).reshape(B, C, window * M), prefix_length, length,
+        _repeat_last(_slide(memory_key_BCMGD, window), chunks),
+        _repeat_last(_slide(memory_value_BCMGD, window), chunks),
+        _repeat_last(valid, chunks), prefix_length, length,
     )
     return out_BHTD.transpose(1, 2)
 
