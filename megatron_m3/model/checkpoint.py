@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 KIND, SCHEMA = "checkpoint", 1
 FOLDER = re.compile(r"step_(\d{7,})")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,8 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def save_checkpoint(output: Path, step: int, models: Sequence[Any], config: Config, *,
-                    state: dict[str, Any] | None = None, good: bool = True) -> Path:
+                    state: dict[str, Any] | None = None, training: dict[str, Any] | None = None,
+                    good: bool = True) -> Path:
     """Write the checkpoint after ``step`` steps; a collective over all processes.
 
     Args:
@@ -98,7 +98,8 @@ def save_checkpoint(output: Path, step: int, models: Sequence[Any], config: Conf
         step: optimizer steps taken.
         models: model chunks of this process.
         config: settings of the run, ``data.tokenizer`` among them.
-        state: further state as dist_checkpointing takes it: optimizer, generator, position.
+        state: further tensors and objects as dist_checkpointing takes them: optimizer, generators.
+        training: further plain values for the manifest: data position, guard.
         good: whether training was healthy when it was taken.
 
     Raises:
@@ -121,7 +122,8 @@ def save_checkpoint(output: Path, step: int, models: Sequence[Any], config: Conf
         tokenizer.save(temporary / "tokenizer")
 
     def finish() -> None:
-        settings = {"config": to_dict(config), "weights_hash": fingerprint, "step": step, "good": good}
+        settings = {"config": to_dict(config), "weights_hash": fingerprint, "step": step, "good": good,
+                    "training": training or {}}
         write_manifest(temporary, Manifest(kind=KIND, schema=SCHEMA, inputs={"tokenizer": tokenizer.hash},
                                            settings=settings, files=files))
         if folder.exists():
@@ -203,10 +205,13 @@ def load_model(folder: Path, *, tensor: int = 1, dtype: str | None = None) -> Lo
         ArtifactError: no checkpoint there, or a damaged one.
         ConfigError: ``tensor`` does not divide the model.
     """
+    from megatron_m3.platform import select
+
+    select()
     from megatron.core import parallel_state
 
-    from megatron_m3.model import build_model
-    from megatron_m3.platform import initialize_parallel
+    from megatron_m3.model.gpt import DTYPES, build_model
+    from megatron_m3.platform.distributed import initialize_parallel
     from megatron_m3.tokenizer import Tokenizer
 
     folder = (list_checkpoints(Path(folder)) or [Path(folder)])[-1]
@@ -215,11 +220,12 @@ def load_model(folder: Path, *, tensor: int = 1, dtype: str | None = None) -> Lo
     tokenizer = Tokenizer.load(folder / "tokenizer")
     if not parallel_state.model_parallel_is_initialized():
         initialize_parallel(config.parallel, config.training.seed)
-    model = build_model(config)[0].to(DTYPES[config.training.dtype])
+    model = build_model(config)[0]
     fingerprint = load_weights(folder, [model])
     if dtype is not None:
         config = replace(config, training=replace(config.training, dtype=dtype))
         model = model.to(DTYPES[dtype])
+        model.config.params_dtype, model.config.bf16 = DTYPES[dtype], dtype == "bf16"
     return LoadedModel(model=model.eval(), config=config, tokenizer=tokenizer, weights_hash=fingerprint,
                        prefix_ids=tokenizer.prefix_ids(config.memory.prefix))
 

@@ -47,7 +47,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> Platform:
     Raises:
         ConfigError: the parallel sizes do not divide the number of processes; nothing has been joined then.
     """
-    platform = select(int(os.environ.get("LOCAL_RANK", "0")))
+    platform = select()
     check_world_size(parallel, int(os.environ.get("WORLD_SIZE", "1")))
     from megatron.core import parallel_state, tensor_parallel
 

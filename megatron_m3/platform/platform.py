@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import logging
 import warnings
 from dataclasses import dataclass
@@ -39,10 +40,10 @@ def _refuse_unrelated_apex() -> None:
 
 
 @functools.cache
-def select(local_rank: int = 0) -> Platform:
+def select() -> Platform:
     """Choose the platform of this process; call it before importing anything of megatron.core.
 
-    With CUDA present nothing is patched. Without it the stand-ins of :mod:`megatron_m3.platform.cpu` are installed.
+    With CUDA present nothing is patched, and the launcher's LOCAL_RANK names the GPU. Without it the stand-ins of :mod:`megatron_m3.platform.cpu` are installed.
 
     Raises:
         UnsupportedError: PyPI's unrelated ``apex`` is installed.
@@ -54,6 +55,7 @@ def select(local_rank: int = 0) -> Platform:
     for name in ("megatron.core", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
         return Platform(device=torch.device("cuda", local_rank), backend="nccl")
     cpu.install()

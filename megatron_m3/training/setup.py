@@ -1,0 +1,139 @@
+"""From a config to what a training step needs: model chunks, gradient buffers, optimizer, all laid over the processes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_m3.config import Config
+from megatron_m3.errors import ConfigError, UnsupportedError
+from megatron_m3.model.gpt import DTYPES, build_model
+from megatron_m3.platform import Platform
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machinery:
+    """All that a training step uses; the weights and optimizer states inside change, the parts do not."""
+
+    config: Config
+    """Settings of the run."""
+    platform: Platform
+    """Device and backend."""
+    chunks: list[Any]
+    """Model chunks of this process, wrapped for gradient accumulation and data parallelism."""
+    models: list[Any]
+    """The same chunks unwrapped (GPTModel)."""
+    optimizer: MegatronOptimizer
+    """AdamW over the chunks' parameters, with fp32 states."""
+    prefix: torch.Tensor
+    """Token ids of the prefix, ``[P]``."""
+    data_rank: int
+    """Index of this process among those that share the batch."""
+    data_size: int
+    """Processes that share the batch."""
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of this process in one step."""
+        training = self.config.training
+        return training.global_batch // (training.micro_batch * self.data_size)
+
+
+def check_run(config: Config, world_size: int) -> None:
+    """Refuse a run that cannot work on ``world_size`` processes, before anything is allocated.
+
+    Raises:
+        ConfigError: names the field and the mend.
+        UnsupportedError: a combination that is refused by name.
+    """
+    parallel, training = config.parallel, config.training
+    for name, value in (("training.output", training.output), ("data.tokens", config.data.tokens),
+                        ("data.tokenizer", config.data.tokenizer)):
+        if not value:
+            raise ConfigError(f"{name}: give a folder")
+    if training.stage == "continual":
+        for name in ("references", "neighbours"):
+            if not getattr(config.data, name):
+                raise ConfigError(f"data.{name}: give a folder; the continual stage needs it")
+    data_size = world_size // (parallel.tensor * parallel.pipeline)
+    if training.global_batch % (training.micro_batch * data_size):
+        raise ConfigError(
+            f"training.global_batch={training.global_batch}: must be a multiple of training.micro_batch="
+            f"{training.micro_batch} times the {data_size} data-parallel processes"
+        )
+    if parallel.interleave > 1:
+        raise UnsupportedError("parallel.interleave: not yet")
+    if parallel.sequence and training.stage == "warmup" and config.data.sequence_length % parallel.tensor:
+        raise ConfigError(f"data.sequence_length={config.data.sequence_length}: must be a multiple of parallel.tensor")
+
+
+def build_machinery(config: Config, platform: Platform, prefix_ids: list[int]) -> Machinery:
+    """Build model, gradient buffers and optimizer; needs :func:`megatron_m3.platform.initialize_parallel`."""
+    models = build_model(config)
+    core = models[0].config
+    # gradients are summed over tokens and divided once by the tokens of the global batch, in any layout
+    core.calculate_per_token_loss = True
+    core.finalize_model_grads_func = finalize_model_grads
+    half = config.training.dtype == "bf16"
+    buffers = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=half, use_distributed_optimizer=config.parallel.distributed_optimizer
+    )
+    chunks = [
+        DistributedDataParallel(core, buffers, Float16Module(core, model) if half else model, disable_bucketing=index > 0)
+        for index, model in enumerate(models)
+    ]
+    for chunk in chunks:
+        chunk.train()
+    optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
+    prepare_optimizer(optimizer, config)
+    return Machinery(
+        config=config, platform=platform, chunks=chunks, models=models, optimizer=optimizer,
+        prefix=torch.tensor(prefix_ids, dtype=torch.int64, device=platform.device),
+        data_rank=parallel_state.get_data_parallel_rank(), data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _optimizer_config(config: Config) -> CoreOptimizerConfig:
+    optimizer = config.optimizer
+    return CoreOptimizerConfig(
+        optimizer="adam",
+        # every step sets its own rate; groups are told apart by this one, so it must not differ between runs
+        lr=1.0,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.epsilon,
+        clip_grad=optimizer.clip_grad,
+        bf16=config.training.dtype == "bf16",
+        params_dtype=DTYPES[config.training.dtype],
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+
+
+def prepare_optimizer(optimizer: MegatronOptimizer, config: Config) -> None:
+    """Make a new or just restored optimizer ready: settings of this run, a state and a step count for each parameter.
+
+    megatron-core makes states at the first step and cannot save before it; where it restores the states of torch's
+    AdamW, all parameters share one step count, which would advance once for each of them; and it leaves weight decay
+    by group to its own scheduler.
+    """
+    settings = config.optimizer
+    for group in optimizer.param_groups:
+        group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.epsilon
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    for part in optimizer.chained_optimizers:
+        if part.is_stub_optimizer:
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for state in part.optimizer.state.values():
+                state["step"] = state.get("step", torch.tensor(0.0)).clone()

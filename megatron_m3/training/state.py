@@ -1,0 +1,129 @@
+"""A run's state between steps, and its way into a checkpoint and back, at any parallel layout."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megatron_m3.config import Config
+from megatron_m3.errors import ConfigError
+from megatron_m3.model.checkpoint import (
+    check_same_model,
+    check_weights,
+    load_state,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+)
+from megatron_m3.model.weights_hash import METADATA, sharded_state
+from megatron_m3.training.guard import GuardState
+from megatron_m3.training.setup import Machinery, prepare_optimizer
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """What a run must remember beside weights and optimizer."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    position: int = 0
+    """Training sequences passed, read or skipped."""
+    guard: GuardState = field(default_factory=GuardState)
+    """Memory of the divergence guard."""
+
+
+def save_run(machinery: Machinery, state: RunState, *, good: bool) -> Path:
+    """Write the checkpoint of this step; a collective. Returns its folder."""
+    config = machinery.config
+    sharded = {
+        "optimizer": machinery.optimizer.sharded_state_dict(sharded_state(machinery.models), metadata=METADATA),
+        "generators": _generators(_layout()),
+    }
+    training = {"position": state.position, "guard": state.guard.to_dict(), "layout": list(_layout())}
+    return save_checkpoint(Path(config.training.output), state.step, machinery.models, config,
+                           state=sharded, training=training, good=good)
+
+
+def load_run(machinery: Machinery, folder: Path) -> RunState:
+    """Bring weights, optimizer and generators to a checkpoint's state, and return the rest; a collective.
+
+    Raises:
+        ArtifactError: a damaged checkpoint.
+        ConfigError: a checkpoint of a model of another shape, precision or kind of optimizer.
+    """
+    check_same_model(folder, machinery.config)
+    stored = read_checkpoint(folder).settings
+    _check_same_optimizer(folder, stored["config"], machinery.config)
+    layout, training = _layout(), stored["training"]
+    sharded = sharded_state(machinery.models)
+    sharded["optimizer"] = machinery.optimizer.sharded_state_dict(
+        sharded_state(machinery.models), is_loading=True, metadata=METADATA
+    )
+    same_layout = tuple(training["layout"]) == layout
+    if same_layout:
+        sharded["generators"] = _generators(layout)
+    loaded = load_state(folder, sharded)
+    for index, model in enumerate(machinery.models):
+        model.load_state_dict(loaded["model" if len(machinery.models) == 1 else f"model{index}"])
+    check_weights(folder, machinery.models)
+    machinery.optimizer.load_state_dict(loaded["optimizer"])
+    prepare_optimizer(machinery.optimizer, machinery.config)
+    if same_layout:
+        _set_generators(loaded["generators"])
+    return RunState(step=stored["step"], position=training["position"], guard=GuardState.from_dict(training["guard"]))
+
+
+def start_from(machinery: Machinery, folder: Path) -> None:
+    """Take the weights of another run's checkpoint, and nothing else of it (``training.init_from``); a collective.
+
+    Raises:
+        ArtifactError: a damaged checkpoint.
+        ConfigError: a checkpoint of a model of another shape.
+    """
+    check_same_model(folder, machinery.config)
+    load_weights(folder, machinery.models)
+    machinery.optimizer.reload_model_params()
+
+
+def _check_same_optimizer(folder: Path, stored: dict[str, Any], config: Config) -> None:
+    for section, name in (("parallel", "distributed_optimizer"), ("training", "dtype"), ("training", "stage")):
+        mine = getattr(getattr(config, section), name)
+        if stored[section][name] != mine:
+            raise ConfigError(
+                f"{section}.{name}={str(mine).lower()}: the run's checkpoint {folder} has "
+                f"{str(stored[section][name]).lower()}; make them equal, or start a new training.output with "
+                "training.init_from"
+            )
+
+
+def _layout() -> tuple[int, int, int]:
+    """Pipeline, tensor and data-parallel sizes."""
+    return (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        dist.get_world_size() // parallel_state.get_model_parallel_group().size(),
+    )
+
+
+def _generators(layout: tuple[int, int, int]) -> ShardedObject:
+    """The states of this process's random generators, at its place in the layout."""
+    place = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    states = {"torch": torch.get_rng_state(), "megatron": tensor_parallel.get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return ShardedObject("generators", states, layout, place)
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,92 @@
+"""One optimizer step: micro-batches through the pipeline schedule, gradients, clipping, update."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_m3.model.gpt import training_forward
+from megatron_m3.training.setup import Machinery
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step says of itself; the same on all processes."""
+
+    loss: float
+    """Mean over the tokens of the global batch that count, in nats."""
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+    tokens: int
+    """Tokens that count."""
+    request: int
+    """Largest request of any process, as given to :func:`training_step`."""
+
+
+def training_step(machinery: Machinery, micro_batches: Iterator[Batch], rate: float, request: int = 0) -> StepResult:
+    """Train on the next global batch at learning rate ``rate``.
+
+    Args:
+        machinery: of this process.
+        micro_batches: of this process; :attr:`Machinery.num_micro_batches` of them are taken.
+        rate: learning rate of this step.
+        request: a number that all processes should agree on; the largest one comes back.
+    """
+    config, device = machinery.config, machinery.platform.device
+    batches = [
+        {name: tensor.to(device, non_blocking=True) for name, tensor in next(micro_batches).items()}
+        for _ in range(machinery.num_micro_batches)
+    ]
+    for chunk in machinery.chunks:
+        chunk.zero_grad_buffer()
+    machinery.optimizer.zero_grad()
+    iterators = [iter(batches) for _ in machinery.chunks]
+    sums = get_forward_backward_func()(
+        forward_step_func=partial(_forward, machinery),
+        data_iterator=iterators,
+        model=machinery.chunks,
+        num_microbatches=machinery.num_micro_batches,
+        seq_length=config.data.sequence_length,
+        micro_batch_size=config.training.micro_batch,
+        forward_only=False,
+    )
+    for group in machinery.optimizer.param_groups:
+        group["lr"] = rate
+    _, grad_norm, _ = machinery.optimizer.step()
+    loss, tokens, asked = _agree(sums, request, device)
+    return StepResult(loss=loss, grad_norm=float(grad_norm), tokens=tokens, request=asked)
+
+
+def _forward(machinery: Machinery, batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    """The schedule's forward step: output of this chunk, and how the last stage turns it into a loss."""
+    batch = next(batches)
+    out = training_forward(chunk, batch, machinery.config, machinery.prefix)
+    return out, partial(_sum_loss, batch["loss_mask"])
+
+
+def _sum_loss(mask_BS: Tensor, loss_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss, number of tokens that count, and both for the record."""
+    total, tokens = (loss_BS.float() * mask_BS).sum(), mask_BS.sum()
+    return total, tokens.to(torch.int), torch.stack([total.detach(), tokens]).double()
+
+
+def _agree(sums: list[Tensor], request: int, device: torch.device) -> tuple[float, int, int]:
+    """Mean loss, tokens and the largest request over all processes.
+
+    The loss is known to the last pipeline stage only, and to each tensor-parallel process there alike.
+    """
+    shared = torch.zeros(2 + dist.get_world_size(), dtype=torch.float64, device=device)
+    if sums and parallel_state.get_tensor_model_parallel_rank() == 0:
+        shared[:2] = torch.stack(sums).sum(0)
+    shared[2 + dist.get_rank()] = request
+    dist.all_reduce(shared)
+    total, tokens, *requests = shared.tolist()
+    return total / max(tokens, 1), int(tokens), int(max(requests))
