@@ -117,7 +117,7 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def replace_fields[T](config: T, overrides: dict[str, str]) -> T:
+def replace_fields[T](config: T, overrides: dict[str, str], where: str = "") -> T:
     """``config`` with single fields replaced, each named by its dotted path and given as text.
 
     Raises:
@@ -129,13 +129,13 @@ def replace_fields[T](config: T, overrides: dict[str, str]) -> T:
     for path, text in overrides.items():
         name, _, rest = path.partition(".")
         if name not in hints or bool(rest) != _is_section(hints[name]):
-            raise ConfigError(f"{path}: unknown field of {type(config).__name__}")
+            raise ConfigError(f"{where}{path}: unknown field of {type(config).__name__}")
         if rest:
             sections.setdefault(name, {})[rest] = text
         else:
-            changed[name] = _convert(hints[name], text, path)
+            changed[name] = _convert(hints[name], text, where + path)
     for name, inner in sections.items():
-        changed[name] = replace_fields(getattr(config, name), inner)
+        changed[name] = replace_fields(getattr(config, name), inner, f"{where}{name}.")
     return dataclasses.replace(config, **changed)  # type: ignore[type-var]
 
 

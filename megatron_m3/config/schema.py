@@ -103,7 +103,7 @@ class MemoryConfig:
         """Tokens kept of a full reference for each key-value head."""
         if self.tokens == "all":
             return self.reference_length
-        if not self.tokens.isdigit():
+        if not self.tokens.isdecimal():
             raise ConfigError(f"memory.tokens={self.tokens}: give a number, or all")
         return min(int(self.tokens), self.reference_length)
 
@@ -115,10 +115,10 @@ class MemoryConfig:
             return tuple(range(max(1, num_layers // 2)))
         chosen: set[int] = set()
         for part in self.layers.split(","):
-            first, _, last = part.strip().partition("-")
-            if not first.isdigit() or not (last or first).isdigit():
+            ends = part.strip().split("-")
+            if len(ends) > 2 or not all(end.isdecimal() for end in ends):
                 raise ConfigError(f"memory.layers={self.layers}: give first-half, all, or ranges such as 8-24 or 0-3,6")
-            chosen.update(range(int(first), int(last or first) + 1))
+            chosen.update(range(int(ends[0]), int(ends[-1]) + 1))
         if not chosen or max(chosen) >= num_layers:
             raise ConfigError(f"memory.layers={self.layers}: the model has layers 0-{num_layers - 1}")
         return tuple(sorted(chosen))
