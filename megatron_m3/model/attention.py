@@ -1,8 +1,9 @@
 """Core attention that asks a plan what to do.
 
-megatron-core's layers stay as they are; this module takes the place of their core attention. What is attended, at which
-positions, and with which memories is the business of an :class:`AttentionPlan`, which comes with each forward pass as the
-block's ``attention_bias`` argument: megatron-core hands it to every layer untouched, also to layers that are recomputed.
+megatron-core's layers stay as they are; this module takes the place of their core attention. What is attended, at
+which positions, and with which memories is the business of an :class:`AttentionPlan`, which comes with each forward
+pass as the block's ``attention_bias`` argument: megatron-core hands it to every layer untouched, also to layers that
+are recomputed.
 """
 
 from typing import Any, Protocol

@@ -1,15 +1,17 @@
 """The joint sequence: references and context in one forward pass, so that gradients flow through the references (3.5).
 
-A sequence is ``[references | prefix | context]``. Token-wise layers do not know of the parts. Prefix and context together
-are the *trunk*. References stand first, so that dropping them after the last memory layer keeps a contiguous tail, and the
-trunk's causal attention needs no gathering. Positions are explicit: prefix 0..p-1, every reference p..p+127, context from
-p+128 (or from 0 where there is no prefix).
+A sequence is ``[references | prefix | context]``. Token-wise layers do not know of the parts. Prefix and context
+together are the *trunk*. References stand first, so that dropping them after the last memory layer keeps a contiguous
+tail, and the trunk's causal attention needs no gathering. Positions are explicit: prefix 0..p-1, every reference
+p..p+127, context from p+128 (or from 0 where there is no prefix).
 
 Letters: S joint sequence, B batch, C references (one a chunk), R tokens of a reference, T trunk, H and G heads,
 D head size, K kept tokens.
 """
 
+import functools
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,6 +26,26 @@ def trunk_positions(prefix_length: int, reference_length: int, context_length: i
     """Positions of prefix and context: the context follows the interval of the references, if there is a prefix."""
     start = prefix_length + (reference_length if prefix_length else 0)
     return torch.cat([torch.arange(prefix_length), torch.arange(context_length) + start])
+
+
+def _rope_table(layout: "JointLayout", head: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every row, after ``head`` rows of references; the same in every layer, so kept."""
+    model, length = layout.config.model, layout.config.memory.reference_length
+    return _table(
+        layout.prefix_length, length, layout.context_length, head // length, model.head_size, model.rope_theta,
+        device, dtype,
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _table(
+    prefix: int, reference: int, context: int, count: int, head_size: int, theta: float, device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    once = torch.arange(reference) + prefix
+    positions = torch.cat([once.repeat(count), trunk_positions(prefix, reference, context)]).to(device)
+    # one more axis for the batch
+    return Rope(head_size, theta).table(positions[:, None], dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +72,7 @@ class JointLayout:
         backend = get_backend(self.config.model.attention)
         carries_references = self.reference_lengths_BC is not None and layer <= self.config.memory_layers[-1]
         head = self.num_reference_rows if carries_references else 0
-        table = self._rope_table(query_SBHD.device, query_SBHD.dtype, carries_references)
+        table = _rope_table(self, head, query_SBHD.device, query_SBHD.dtype)
         query_BSHD, key_BSGD = (rotate(part, table).transpose(0, 1) for part in (query_SBHD, key_SBGD))
         value_BSGD = value_SBGD.transpose(0, 1)
         trunk = query_BSHD[:, head:], key_BSGD[:, head:], value_BSGD[:, head:]
@@ -69,17 +91,6 @@ class JointLayout:
             return out_BTHD.transpose(0, 1)
         references_BSHD = self._attend_in_references(backend, rotated, trunk)
         return torch.cat([references_BSHD, out_BTHD], 1).transpose(0, 1)
-
-    def _rope_table(self, device: torch.device, dtype: torch.dtype, references: bool) -> tuple[Tensor, Tensor]:
-        memory = self.config.memory
-        trunk = trunk_positions(self.prefix_length, memory.reference_length, self.context_length)
-        if references:
-            once = torch.arange(memory.reference_length) + self.prefix_length
-            count = self.num_reference_rows // memory.reference_length
-            trunk = torch.cat([once.repeat(count), trunk])
-        rope = Rope(self.config.model.head_size, self.config.model.rope_theta)
-        # one more axis for the batch
-        return rope.table(trunk.to(device)[:, None], dtype)
 
     def _split(self, rows_BSHD: Tensor) -> Tensor:
         """Reference rows ``[B, C * R, heads, D]`` as ``[B * C, R, heads, D]``."""
@@ -103,7 +114,7 @@ class JointLayout:
         return key, value, valid_NK.reshape(B, C, -1)
 
     def _attend_in_references(
-        self, backend: "torch.types.ModuleType", rotated: tuple[Tensor, ...], trunk: tuple[Tensor, ...]
+        self, backend: ModuleType, rotated: tuple[Tensor, ...], trunk: tuple[Tensor, ...]
     ) -> Tensor:
         """Each reference's tokens read the prefix and their own reference: ``[B, C * R, H, D]``."""
         B, rows = rotated[0].shape[:2]

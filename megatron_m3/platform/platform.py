@@ -3,8 +3,8 @@
 import functools
 import importlib.metadata
 import importlib.util
-import os
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 
@@ -43,7 +43,8 @@ def _refuse_unrelated_apex() -> None:
 def select() -> Platform:
     """Choose the platform of this process; call it before importing anything of megatron.core.
 
-    With CUDA present nothing is patched, and the launcher's LOCAL_RANK names the GPU. Without it the stand-ins of :mod:`megatron_m3.platform.cpu` are installed.
+    With CUDA present nothing is patched, and the launcher's LOCAL_RANK names the GPU. Without it the stand-ins of
+    :mod:`megatron_m3.platform.cpu` are installed.
 
     Raises:
         UnsupportedError: PyPI's unrelated ``apex`` is installed.

@@ -1,4 +1,4 @@
-"""The joint forward pass against a plain GPT, against one written from the definitions, and against finite differences."""
+"""The joint pass against a plain GPT, against one written from the definitions, and against finite differences."""
 
 import math
 

@@ -99,5 +99,5 @@ def test_reference_attention_equals_each_reference_alone(backend):
 
 
 def test_unknown_backend_is_refused_by_name():
-    with pytest.raises(Exception, match="model.attention=fast"):
+    with pytest.raises(Exception, match=r"model\.attention=fast"):
         get_backend("fast")

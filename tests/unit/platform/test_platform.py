@@ -1,0 +1,73 @@
+"""Choosing the platform, what it says of itself, and joining a world."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from megatron_m3.config import ParallelConfig
+from megatron_m3.errors import ConfigError
+from megatron_m3.platform.distributed import check_world_size
+from tests.launcher import ROOT, run_command
+
+ON_CPU = not torch.cuda.is_available()
+
+
+def in_new_process(code, path=()):
+    program = "import sys\n" + "".join(f"sys.path.insert(0, {str(p)!r})\n" for p in [ROOT, *path]) + textwrap.dedent(code)
+    return run_command([sys.executable, "-c", program], expect=None)
+
+
+def test_unrelated_apex_is_refused_by_name(tmp_path):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("class WebToolkit: pass\n")
+    done = in_new_process(
+        """
+        from megatron_m3.errors import exit_on_user_error
+        from megatron_m3.platform import select
+        exit_on_user_error(select)
+        """,
+        [tmp_path],
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: apex: ")
+    assert "pip uninstall apex" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not ON_CPU, reason="the stand-ins are for machines without CUDA")
+def test_transformer_engine_counts_as_absent_on_the_cpu(tmp_path):
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    done = in_new_process(
+        """
+        from megatron_m3.platform import report, select
+        select()
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+        assert not HAVE_TE
+        print(report()["optimizer"])
+        """,
+        [tmp_path],
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "torch AdamW"
+
+
+@pytest.mark.skipif(not ON_CPU, reason="the stand-ins are for machines without CUDA")
+def test_importing_megatron_core_first_is_our_bug():
+    done = in_new_process("import megatron.core\nfrom megatron_m3.platform import select\nselect()")
+    assert "must come before the first import of megatron.core" in done.stderr
+
+
+def test_a_world_that_the_sizes_do_not_divide_is_refused():
+    check_world_size(ParallelConfig(tensor=2, pipeline=2), 8)
+    with pytest.raises(ConfigError, match=r"parallel\.tensor=2 x parallel\.pipeline=2 needs a multiple of 4"):
+        check_world_size(ParallelConfig(tensor=2, pipeline=2), 6)
+
+
+def test_choosing_the_platform_needs_no_torch_cuda_calls_in_other_places():
+    found = subprocess.run(["grep", "-rln", "is_available()", "megatron_m3", "launch", "data_tools"], cwd=ROOT,
+                           capture_output=True, text=True, check=False).stdout.split()
+    assert [name for name in found if name.endswith(".py")] == ["megatron_m3/platform/platform.py"]
