@@ -1,0 +1,155 @@
+"""Artifacts on disk: whole or absent, and refused when they are not what they say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_m3.errors import ArtifactError
+from megatron_m3.manifest import (
+    Manifest,
+    atomic_folder,
+    atomic_path,
+    check_files,
+    check_input,
+    hash_file,
+    is_finished,
+    read_manifest,
+    write_manifest,
+)
+
+INPUTS, SETTINGS = {"tokenizer": "ab" * 32}, {"length": 128}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A finished artifact of one file."""
+    artifact = tmp_path / "references"
+    artifact.mkdir()
+    (artifact / "data.bin").write_bytes(bytes(range(256)))
+    write_manifest(artifact, Manifest(kind="references", schema=1, inputs=INPUTS, settings=SETTINGS,
+                                      files={"data.bin": hash_file(artifact / "data.bin")}, info={"count": 2}))
+    return artifact
+
+
+def edit(folder: Path, **changes: object) -> None:
+    """Change fields of a manifest behind its back."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_manifest_comes_back_as_written(folder: Path) -> None:
+    manifest = read_manifest(folder, "references", 1)
+    assert (manifest.inputs, manifest.settings, manifest.info) == (INPUTS, SETTINGS, {"count": 2})
+    check_files(folder, manifest, checksums=True)
+
+
+def test_notes_do_not_change_the_hash_but_everything_else_does() -> None:
+    fields = {"kind": "bank", "schema": 1, "inputs": INPUTS, "settings": SETTINGS, "files": {}}
+    base = Manifest(**fields)
+    assert Manifest(**fields, info={"seconds": 3}).hash == base.hash
+    changes = ({"kind": "codec"}, {"schema": 2}, {"inputs": {}}, {"settings": {"length": 64}}, {"files": {"a": {}}})
+    for change in changes:
+        assert Manifest(**fields | change).hash != base.hash
+
+
+@pytest.mark.parametrize(("kind", "schema", "message"), [
+    ("neighbours", 1, "holds a references, not a neighbours"),
+    ("references", 2, "schema 1, this version reads 2"),
+])
+def test_another_kind_or_schema_is_refused(folder: Path, kind: str, schema: int, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        read_manifest(folder, kind, schema)
+
+
+def test_missing_folders_and_unfinished_ones_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such folder"):
+        read_manifest(tmp_path / "absent", "bank", 1)
+    with pytest.raises(ArtifactError, match=r"no manifest\.json: unfinished, or not a bank"):
+        read_manifest(tmp_path, "bank", 1)
+
+
+def test_a_tampered_manifest_is_refused(folder: Path) -> None:
+    edit(folder, settings={"length": 64})
+    with pytest.raises(ArtifactError, match="was changed after it was written"):
+        read_manifest(folder, "references", 1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"hash": "a", "colour": 1}', "\x00\xff"])
+def test_an_unreadable_manifest_is_refused(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ArtifactError, match="not a readable manifest"):
+        read_manifest(folder, "references", 1)
+
+
+def test_damaged_files_are_named(folder: Path) -> None:
+    manifest, data = read_manifest(folder, "references", 1), folder / "data.bin"
+    flipped = bytearray(data.read_bytes())
+    flipped[100] ^= 1
+    data.write_bytes(flipped)
+    check_files(folder, manifest)
+    with pytest.raises(ArtifactError, match=r"data\.bin: checksum differs"):
+        check_files(folder, manifest, checksums=True)
+    data.write_bytes(flipped[:-1])
+    with pytest.raises(ArtifactError, match=r"data\.bin: 255 bytes, the manifest says 256"):
+        check_files(folder, manifest)
+    data.unlink()
+    with pytest.raises(ArtifactError, match=r"data\.bin: missing"):
+        check_files(folder, manifest)
+
+
+def test_an_artifact_of_another_input_is_refused(folder: Path) -> None:
+    manifest = read_manifest(folder, "references", 1)
+    check_input(folder, manifest, "tokenizer", "ab" * 32)
+    with pytest.raises(ArtifactError, match="made from another tokenizer"):
+        check_input(folder, manifest, "tokenizer", "cd" * 32)
+    with pytest.raises(ArtifactError, match="made from another corpus"):
+        check_input(folder, manifest, "corpus", "cd" * 32)
+
+
+def test_a_finished_job_is_known_and_another_one_refused(folder: Path, tmp_path: Path) -> None:
+    assert is_finished(folder, "references", 1, INPUTS, SETTINGS)
+    assert not is_finished(tmp_path / "new", "references", 1, INPUTS, SETTINGS)
+    with pytest.raises(ArtifactError, match="other inputs or settings"):
+        is_finished(folder, "references", 1, INPUTS, {"length": 64})
+    (folder / "data.bin").unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        is_finished(folder, "references", 1, INPUTS, SETTINGS)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    with atomic_path(path) as temporary:
+        temporary.write_text("one")
+        assert not path.exists()
+    assert path.read_text() == "one"
+
+    def stopped_halfway() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("tw")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stopped_halfway()
+    assert path.read_text() == "one"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+
+    def stopped_halfway() -> None:
+        with atomic_folder(folder) as temporary:
+            np.save(temporary / "half.npy", np.arange(3))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stopped_halfway()
+    assert not list(tmp_path.iterdir())
+    with atomic_folder(folder) as temporary:
+        (temporary / "whole").write_text("yes")
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    with pytest.raises(ArtifactError, match="exists already"), atomic_folder(folder):
+        pass
+    assert (folder / "whole").read_text() == "yes"
