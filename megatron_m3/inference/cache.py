@@ -1,0 +1,125 @@
+"""The key-value cache of generation: decoding is cache writing, and so is recall (architecture, design 4).
+
+In a memory layer the cache is ``[prefix | memory slots | context]``, in the others ``[prefix | context]``. Keys are
+stored rotated, so a recall overwrites the slots and nothing else changes.
+
+Legend of shape suffixes: B batch, P prefix, M memory slots, T cached tokens, S prompt, H query heads, G kv heads,
+Q query heads of one kv head, D head size.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_m3.inference.reading import ChunkMemories
+from megatron_m3.model.rope import Rope, rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """Sizes of a cache; they do not change while it lives."""
+
+    batch: int
+    num_layers: int
+    num_kv_heads: int
+    """Of this process."""
+    head_size: int
+    prefix_length: int
+    context_start: int
+    """RoPE position of the context's first token."""
+    max_context: int
+    """Context tokens that fit."""
+    memory_layers: Collection[int] = ()
+    num_slots: int = 0
+    """Kept tokens that a chunk reads at most: references per chunk times kept tokens."""
+    dtype: torch.dtype
+    device: torch.device
+
+
+class CachePlan:
+    """Keys and values of a batch of sequences, and the attention of the one token that each adds in a step."""
+
+    def __init__(self, shape: CacheShape, rope: Rope) -> None:
+        self.shape, self.rope = shape, rope
+        self.keys, self.values = [], []
+        for layer in range(shape.num_layers):
+            columns = self._first_context(layer) + shape.max_context
+            size = (shape.batch, shape.num_kv_heads, columns, shape.head_size)
+            self.keys.append(torch.zeros(size, dtype=shape.dtype, device=shape.device))
+            self.values.append(torch.zeros(size, dtype=shape.dtype, device=shape.device))
+        columns = shape.prefix_length + shape.num_slots + shape.max_context
+        self.hidden_BT = torch.full((shape.batch, columns), float("-inf"), dtype=shape.dtype, device=shape.device)
+        self.hidden_BT[:, : shape.prefix_length] = 0
+        self.rows_B = torch.arange(shape.batch, device=shape.device)
+        self.lengths = [0] * shape.batch
+        self.lengths_B = torch.zeros(shape.batch, dtype=torch.long, device=shape.device)
+        self.all_slots_valid = shape.num_slots == 0
+
+    def _first_context(self, layer: int) -> int:
+        return self.shape.prefix_length + (self.shape.num_slots if layer in self.shape.memory_layers else 0)
+
+    def keep(self, layer: int, key_BTGD: Tensor, value_BTGD: Tensor) -> None:
+        """Store what a pass over ``[prefix | prompt]`` computed in ``layer``."""
+        prefix, first = self.shape.prefix_length, self._first_context(layer)
+        for stored_BGTD, new_BTGD in ((self.keys[layer], key_BTGD), (self.values[layer], value_BTGD)):
+            new_BGTD = new_BTGD.transpose(1, 2)
+            stored_BGTD[:, :, :prefix] = new_BGTD[:, :, :prefix]
+            stored_BGTD[:, :, first : first + new_BGTD.shape[2] - prefix] = new_BGTD[:, :, prefix:]
+
+    def begin(self, lengths: Sequence[int]) -> None:
+        """Say how many context tokens of each sequence the cache now holds; what lies behind them is padding."""
+        self.lengths = list(lengths)
+        self.lengths_B.copy_(torch.tensor(self.lengths))
+        first = self.shape.prefix_length + self.shape.num_slots
+        columns = torch.arange(self.shape.max_context, device=self.shape.device)
+        self.hidden_BT[:, first:].masked_fill_(columns < self.lengths_B[:, None], 0)
+
+    def recall(self, memories: ChunkMemories, rows: Sequence[int] | None = None) -> None:
+        """Overwrite the memory slots of the sequences ``rows`` (all by default) with ``memories`` (C = 1)."""
+        rows_B = self.rows_B if rows is None else torch.tensor(rows, device=self.shape.device)
+        slots = slice(self.shape.prefix_length, self.shape.prefix_length + self.shape.num_slots)
+        for layer in self.shape.memory_layers:
+            key_BMGD, value_BMGD = memories.key_values(layer)[:, :, 0].to(self.shape.dtype)
+            self.keys[layer][rows_B, :, slots] = key_BMGD.transpose(1, 2)
+            self.values[layer][rows_B, :, slots] = value_BMGD.transpose(1, 2)
+        valid_BM = memories.valid_slots()[:, 0]
+        shown_BM = torch.zeros(valid_BM.shape, dtype=self.shape.dtype, device=self.shape.device)
+        self.hidden_BT[rows_B, slots] = shown_BM.masked_fill_(~valid_BM, float("-inf"))
+        self.all_slots_valid = not bool(torch.isinf(self.hidden_BT[:, slots]).any())
+
+    def step(self) -> None:
+        """Make room for one more token of every sequence; call it before each forward pass of one token."""
+        self.new_B = self.lengths_B.clone()
+        self.lengths_B += 1
+        self.lengths = [length + 1 for length in self.lengths]
+        self.table = self.rope.table((self.new_B + self.shape.context_start)[None], self.shape.dtype)
+        first = self.shape.prefix_length + self.shape.num_slots
+        self.hidden_BT[self.rows_B, first + self.new_B] = 0
+        self.memory_mask, self.plain_mask = self._masks()
+
+    def _masks(self) -> tuple[Tensor | None, Tensor | None]:
+        """What to add to the scores of one step, [B, 1, 1, T], in memory layers and in others; None adds nothing."""
+        prefix, slots, longest = self.shape.prefix_length, self.shape.num_slots, max(self.lengths)
+        same_length = min(self.lengths) == longest
+        used_BT = self.hidden_BT[:, None, None, : prefix + slots + longest]
+        memory = None if same_length and self.all_slots_valid else used_BT
+        if same_length or not slots:
+            return memory, None if same_length else used_BT
+        return memory, torch.cat([used_BT[..., :prefix], used_BT[..., prefix + slots :]], -1)
+
+    def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
+        """Store the new token of every sequence and attend from it to all that is cached, [1, B, H, D]; S is 1."""
+        query_BHD = rotate(query_SBHD, self.table)[0]
+        first = self._first_context(layer)
+        self.keys[layer][self.rows_B, :, first + self.new_B] = rotate(key_SBGD, self.table)[0]
+        self.values[layer][self.rows_B, :, first + self.new_B] = value_SBGD[0]
+        columns = first + max(self.lengths)
+        out_BGQD = torch.nn.functional.scaled_dot_product_attention(
+            query_BHD.unflatten(1, (self.shape.num_kv_heads, -1)),
+            self.keys[layer][:, :, :columns],
+            self.values[layer][:, :, :columns],
+            attn_mask=self.memory_mask if layer in self.shape.memory_layers else self.plain_mask,
+        )
+        return out_BGQD.flatten(1, 2)[None]

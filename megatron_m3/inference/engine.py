@@ -1,0 +1,82 @@
+"""Generation with recall: prefill in one pass, one token a step, new memories after every chunk (section 3.1)."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_m3.errors import ConfigError
+from megatron_m3.inference.batch import Batch
+from megatron_m3.inference.forward import local_kv_heads
+from megatron_m3.inference.generation import Generation, Statistics
+from megatron_m3.inference.recall import Recall
+from megatron_m3.inference.sampling import Sampler, Sampling
+from megatron_m3.model.checkpoint import LoadedModel
+
+if TYPE_CHECKING:
+    from megatron_m3.memory import MemorySource
+    from megatron_m3.retrieval import Retriever
+
+
+class Engine:
+    """Generates with one loaded model: with a retriever and a memory source it reads memories, without it is a GPT."""
+
+    def __init__(
+        self, loaded: LoadedModel, retriever: "Retriever | None" = None, source: "MemorySource | None" = None
+    ) -> None:
+        """Without ``retriever`` and ``source`` there is no prefix either, and positions count from 0."""
+        assert (retriever is None) == (source is None), "memory needs a retriever and a source"
+        self.loaded, self.config = loaded, loaded.config
+        self.recall: Recall | None = None
+        if retriever is not None and source is not None:
+            self.recall = Recall(
+                retriever,
+                source,
+                references_per_chunk=self.config.memory.references_per_chunk,
+                memory_layers=self.config.memory_layers,
+                heads=local_kv_heads(self.config),
+                device=next(loaded.model.parameters()).device,
+            )
+
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling | None = None, *, stop_at_eos: bool = True
+    ) -> tuple[list[Generation], Statistics]:
+        """Continue every prompt, together as one batch.
+
+        Args:
+            prompts: texts; they may differ in length and may be empty.
+            max_new_tokens: tokens after which a sequence ends, if EOS does not end it before.
+            sampling: greedy if not given.
+            stop_at_eos: False goes on behind EOS, to the limit.
+
+        Returns:
+            One :class:`Generation` a prompt, in order, and the call's :class:`Statistics`.
+        """
+        ids = self.loaded.tokenizer.encode_batch(prompts)
+        found, statistics = self.generate_tokens(ids, max_new_tokens, sampling, stop_at_eos=stop_at_eos)
+        return [replace(one, prompt=prompt) for one, prompt in zip(found, prompts, strict=True)], statistics
+
+    @torch.inference_mode()
+    def generate_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        *,
+        stop_at_eos: bool = True,
+    ) -> tuple[list[Generation], Statistics]:
+        """:meth:`generate` for prompts that are token ids already, without special tokens."""
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        if not prompts:
+            return [], Statistics()
+        started = time.perf_counter()
+        batch = Batch(self.loaded, self.recall, prompts, max_new_tokens, stop_at_eos=stop_at_eos)
+        sampler = Sampler(sampling or Sampling(), prompts)
+        logits_BV = batch.prefill()
+        while batch.append(sampler.choose(logits_BV)):
+            logits_BV = batch.step()
+        batch.statistics.total_seconds = time.perf_counter() - started
+        return batch.generations(), batch.statistics

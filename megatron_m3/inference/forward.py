@@ -1,0 +1,72 @@
+"""Forward passes that project only chosen positions to the vocabulary, and the kv heads of this process."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_m3.config import Config
+from megatron_m3.model.attention import AttentionPlan
+
+MAX_LOGITS = 1 << 24
+"""Logits held at once when losses are computed."""
+
+
+def local_kv_heads(config: Config) -> slice:
+    """The kv heads that this tensor-parallel rank holds."""
+    count = config.model.num_kv_heads // config.parallel.tensor
+    first = parallel_state.get_tensor_model_parallel_rank() * count
+    return slice(first, first + count)
+
+
+def _run(
+    model: torch.nn.Module,
+    tokens_BS: Tensor,
+    plan: AttentionPlan,
+    finish: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
+) -> Tensor:
+    """The result of ``finish(hidden_SBE, project)``, where ``project`` maps hidden states [N, E] to logits [N, V]."""
+
+    def process(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **unused: Any) -> Tensor:
+        def project(hidden_NE: Tensor) -> Tensor:
+            return output_layer(hidden_NE[None], weight=output_weight, runtime_gather_output=True)[0][0]
+
+        return finish(hidden_states, project)
+
+    return model(tokens_BS, None, None, extra_block_kwargs={"attention_bias": plan}, output_processor=process)
+
+
+def logits_at(
+    model: torch.nn.Module, tokens_BS: Tensor, plan: AttentionPlan, rows_N: Tensor, columns_N: Tensor, vocab_size: int
+) -> Tensor:
+    """Logits [N, vocab_size] at the positions ``(rows_N, columns_N)``, gathered over tensor-parallel ranks."""
+    return _run(
+        model, tokens_BS, plan, lambda hidden_SBE, project: project(hidden_SBE[columns_N, rows_N])[:, :vocab_size]
+    )
+
+
+def losses_at(
+    model: torch.nn.Module,
+    tokens_BS: Tensor,
+    plan: AttentionPlan,
+    rows_N: Tensor,
+    columns_N: Tensor,
+    labels_N: Tensor,
+    vocab_size: int,
+) -> Tensor:
+    """Negative log-likelihood (natural log, fp32) [N] of ``labels_N`` at the positions, a slice of them at a time."""
+
+    def finish(hidden_SBE: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+        count = max(1, MAX_LOGITS // vocab_size)
+        return torch.cat(
+            [
+                torch.nn.functional.cross_entropy(project(hidden_NE)[:, :vocab_size].float(), labels, reduction="none")
+                for hidden_NE, labels in zip(
+                    hidden_SBE[columns_N, rows_N].split(count), labels_N.split(count), strict=True
+                )
+            ]
+        )
+
+    return _run(model, tokens_BS, plan, finish)

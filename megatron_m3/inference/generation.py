@@ -1,0 +1,82 @@
+"""What a generation returns: the text, the tokens, and which references every chunk read."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadReference:
+    """One reference that a chunk read."""
+
+    id: int
+    score: float
+    """Cosine similarity of the reference and the chunk that retrieved it."""
+    text: str
+    kept_positions: np.ndarray
+    """Which of the reference's tokens the memory keeps, int [memory layers, kv heads, kept tokens]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkReading:
+    """A chunk of the prompt or of the generated text, and what it read."""
+
+    part: Literal["prompt", "generated"]
+    first_token: int
+    """Counted from the start of its part."""
+    num_tokens: int
+    references: list[ReadReference]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """The continuation of one prompt."""
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    """Generated tokens, without EOS."""
+    ended: bool
+    """Whether EOS came, rather than the limit of tokens."""
+    chunks: list[ChunkReading]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; kept positions are left out."""
+        result = asdict(self)
+        for chunk in result["chunks"]:
+            for reference in chunk["references"]:
+                del reference["kept_positions"]
+        return result
+
+
+@dataclass(kw_only=True)
+class Statistics:
+    """Counts and seconds of one call of the engine."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    retrieval_seconds: float = 0.0
+    """Embedding and searching."""
+    fetch_seconds: float = 0.0
+    """Reading, decoding or writing memories, and placing them in the cache."""
+    references_read: int = 0
+    distinct_references: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    total_seconds: float = 0.0
+    seen: set[int] = field(default_factory=set, repr=False)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens in a second of the whole call."""
+        return self.generated_tokens / self.total_seconds if self.total_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        self.distinct_references = len(self.seen)
+        result = {name: round(value, 6) if isinstance(value, float) else value for name, value in vars(self).items()}
+        del result["seen"]
+        return result | {"tokens_per_second": round(self.tokens_per_second, 3)}

@@ -1,0 +1,120 @@
+"""One pass over ``[prefix | context]`` in which every chunk of the context reads its own memories (section 3.1).
+
+Legend of shape suffixes: T prefix and context, S sequence, B batch, C chunks, R references of a chunk, K kept tokens,
+M = R * K memory slots, N memories, Lm memory layers, H query heads, G kv heads, D head size.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_m3.model.rope import Rope, rotate
+from megatron_m3.ops.memory_attention import get_backend
+
+if TYPE_CHECKING:
+    from megatron_m3.memory import ExplicitMemories
+
+KeepKeyValues = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkMemories:
+    """Which explicit memories each chunk of each sequence reads."""
+
+    memories: "ExplicitMemories"
+    """Distinct memories, N of them."""
+    rows_BCR: Tensor
+    """Row of ``memories`` for each reference of each chunk; anything where ``valid_BCR`` is False."""
+    valid_BCR: Tensor
+    """Whether there is such a reference."""
+    layers: Mapping[int, int]
+    """The memory layers: from a layer's number to its place in ``memories``."""
+    heads: slice
+    """The kv heads of this process."""
+
+    @property
+    def num_slots(self) -> int:
+        """M: kept tokens that a chunk reads at most."""
+        return self.rows_BCR.shape[2] * self.memories.kv.shape[4]
+
+    def valid_slots(self) -> Tensor:
+        """Which memory slots hold a kept token."""
+        slots_K = torch.arange(self.memories.kv.shape[4], device=self.rows_BCR.device)
+        kept_N = torch.as_tensor(self.memories.num_kept, device=self.rows_BCR.device)
+        kept_BCR = kept_N[self.rows_BCR] if len(kept_N) else torch.zeros_like(self.rows_BCR)
+        return ((slots_K < kept_BCR[..., None]) & self.valid_BCR[..., None]).flatten(2)
+
+    def key_values(self, layer: int) -> Tensor:
+        """Keys (rotated) and values of one memory layer, [2, B, C, M, G, D]; zero where there is no kept token."""
+        kv_NXGKD = torch.as_tensor(self.memories.kv)[:, self.layers[layer], :, self.heads].to(self.rows_BCR.device)
+        B, C, R = self.rows_BCR.shape
+        _, X, G, K, D = kv_NXGKD.shape
+        if not len(kv_NXGKD):
+            return kv_NXGKD.new_zeros(X, B, C, R * K, G, D)
+        kv_XBCMGD = (
+            kv_NXGKD[self.rows_BCR.flatten()].view(B, C, R, X, G, K, D).permute(3, 0, 1, 2, 5, 4, 6).flatten(3, 4)
+        )
+        return kv_XBCMGD.masked_fill(~self.valid_slots()[None, ..., None, None], 0)
+
+    def chunk(self, index_B: Tensor) -> "ChunkMemories":
+        """The memories of one chunk of each sequence, as a :class:`ChunkMemories` with C = 1."""
+        rows_B = torch.arange(len(index_B), device=self.rows_BCR.device)
+        return ChunkMemories(
+            memories=self.memories,
+            rows_BCR=self.rows_BCR[rows_B, index_B][:, None],
+            valid_BCR=self.valid_BCR[rows_B, index_B][:, None],
+            layers=self.layers,
+            heads=self.heads,
+        )
+
+
+class ReadingPlan:
+    """Attention of one pass: memory layers read memories, all layers are causal over the prefix and the context.
+
+    Sequences of different lengths are padded on the right: what stands after a token never reaches it.
+    """
+
+    def __init__(
+        self,
+        rope: Rope,
+        positions_T: Tensor,
+        *,
+        prefix_length: int = 0,
+        chunk_length: int = 1,
+        memories: ChunkMemories | None = None,
+        keep: KeepKeyValues | None = None,
+        backend: str = "torch",
+    ) -> None:
+        """``keep(layer, key_BTGD, value_BTGD)`` receives every layer's rotated keys and its values, for a cache."""
+        self.rope, self.positions_T1, self.backend = rope, positions_T[:, None], get_backend(backend)
+        self.prefix_length, self.chunk_length = prefix_length, chunk_length
+        self.memories, self.keep = memories, keep
+        self.valid_BCM = memories.valid_slots() if memories else None
+        self.table: tuple[Tensor, Tensor] | None = None
+
+    def attend(self, layer: int, query_TBHD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor) -> Tensor:
+        """Attention output of ``layer`` for every position, [T, B, H, D]."""
+        if self.table is None:
+            self.table = self.rope.table(self.positions_T1, query_TBHD.dtype)
+        query_BTHD = rotate(query_TBHD, self.table).transpose(0, 1)
+        key_BTGD = rotate(key_TBGD, self.table).transpose(0, 1)
+        value_BTGD = value_TBGD.transpose(0, 1)
+        if self.keep is not None:
+            self.keep(layer, key_BTGD, value_BTGD)
+        if self.memories is None or layer not in self.memories.layers:
+            return self.backend.causal_attention(query_BTHD, key_BTGD, value_BTGD).transpose(0, 1)
+        memory_key, memory_value = self.memories.key_values(layer).to(query_BTHD.dtype)
+        return self.backend.memory_attention(
+            query_BTHD,
+            key_BTGD,
+            value_BTGD,
+            memory_key,
+            memory_value,
+            self.valid_BCM,
+            prefix_length=self.prefix_length,
+            chunk_length=self.chunk_length,
+            window=1,
+        ).transpose(0, 1)

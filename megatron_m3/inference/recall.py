@@ -1,0 +1,93 @@
+"""Recall: the text of a chunk retrieves references, and their explicit memories are fetched (section 3.1)."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from megatron_m3.inference.generation import ReadReference, Statistics
+from megatron_m3.inference.reading import ChunkMemories
+
+if TYPE_CHECKING:
+    from megatron_m3.memory import ExplicitMemories, MemorySource
+    from megatron_m3.retrieval import Retriever
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recalled:
+    """What some chunks retrieved: rows of the distinct memories, R of them a chunk."""
+
+    memories: "ExplicitMemories"
+    rows: np.ndarray
+    """Row of ``memories``, int [chunks, R]; 0 where ``valid`` is False."""
+    valid: np.ndarray
+    """bool [chunks, R]."""
+    ids: np.ndarray
+    scores: np.ndarray
+
+
+class Recall:
+    """Chunks of tokens to memories. Results that the index does not have stay empty: they are never read."""
+
+    def __init__(
+        self,
+        retriever: "Retriever",
+        source: "MemorySource",
+        *,
+        references_per_chunk: int,
+        memory_layers: Sequence[int],
+        heads: slice,
+        device: torch.device,
+    ) -> None:
+        self.retriever, self.source = retriever, source
+        self.references_per_chunk, self.heads, self.device = references_per_chunk, heads, device
+        self.layers = {layer: place for place, layer in enumerate(memory_layers)}
+
+    def __call__(self, chunks: Sequence[Sequence[int]], statistics: Statistics) -> Recalled:
+        """Retrieve with each chunk and fetch every distinct reference once."""
+        if not chunks:
+            none = np.zeros((0, self.references_per_chunk), dtype=np.int64)
+            return Recalled(memories=self.source.fetch(none[:, 0]), rows=none, valid=none > 0, ids=none, scores=none)
+        start = time.perf_counter()
+        found = self.retriever.retrieve(chunks, self.references_per_chunk)
+        retrieved = time.perf_counter()
+        distinct, inverse = np.unique(found.ids[found.valid], return_inverse=True)
+        rows = np.zeros(found.ids.shape, dtype=np.int64)
+        rows[found.valid] = inverse
+        memories = self.source.fetch(distinct)
+        statistics.retrieval_seconds += retrieved - start
+        statistics.fetch_seconds += time.perf_counter() - retrieved
+        statistics.references_read += int(found.valid.sum())
+        statistics.seen.update(distinct.tolist())
+        return Recalled(memories=memories, rows=rows, valid=found.valid, ids=found.ids, scores=found.scores)
+
+    def references(self, recalled: Recalled, chunk: int) -> list[ReadReference]:
+        """The references that ``chunk`` of ``recalled`` reads, best first."""
+        return [
+            ReadReference(
+                id=int(recalled.ids[chunk, place]),
+                score=float(recalled.scores[chunk, place]),
+                text=self.retriever.references.text(int(recalled.ids[chunk, place])),
+                kept_positions=recalled.memories.kept_positions(int(recalled.rows[chunk, place])),
+            )
+            for place in np.flatnonzero(recalled.valid[chunk])
+        ]
+
+    def memories_of(self, recalled: Recalled, chunk_BC: np.ndarray, has_chunk_BC: np.ndarray) -> ChunkMemories:
+        """The memories of a grid of chunks, each naming one of ``recalled``; none where ``has_chunk_BC`` is False."""
+        if not len(recalled.rows):
+            empty = np.zeros((*chunk_BC.shape, self.references_per_chunk), dtype=np.int64)
+            rows_BCR, valid_BCR = empty, empty.astype(bool)
+        else:
+            rows_BCR = recalled.rows[chunk_BC]
+            valid_BCR = recalled.valid[chunk_BC] & has_chunk_BC[..., None]
+        return ChunkMemories(
+            memories=recalled.memories,
+            rows_BCR=torch.from_numpy(rows_BCR).to(self.device),
+            valid_BCR=torch.from_numpy(valid_BCR).to(self.device),
+            layers=self.layers,
+            heads=self.heads,
+        )

@@ -1,0 +1,68 @@
+"""The next token of every sequence: greedy, or drawn from a random stream that each prompt has to itself."""
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_m3.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; otherwise logits are divided by it."""
+    top_k: int = 0
+    """Draw among this many likeliest tokens; 0 among all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest tokens whose probabilities sum to at least this."""
+    seed: int = 0
+    """Random stream; a prompt's tokens depend on it and on the prompt, never on its batch."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature={self.temperature}: must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k={self.top_k}: must be 0 (all tokens) or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must be 0 or more")
+
+
+class Sampler:
+    """Chooses one token a sequence a step. Equal prompts in one call get different streams."""
+
+    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]]) -> None:
+        self.sampling = sampling
+        seen: Counter[tuple[int, ...]] = Counter()
+        self.streams: list[np.random.Generator] = []
+        for prompt in prompts:
+            key = tuple(prompt)
+            digest = zlib.crc32(np.asarray(key, dtype=np.int64).tobytes())
+            self.streams.append(np.random.default_rng([sampling.seed, digest, len(key), seen[key]]))
+            seen[key] += 1
+
+    def choose(self, logits_BV: Tensor) -> Tensor:
+        """The next token ids, int64 [B]; one number is drawn from every stream unless greedy."""
+        if self.sampling.temperature == 0.0:
+            return logits_BV.argmax(-1)
+        whole_BV = (logits_BV.double() / self.sampling.temperature).softmax(-1)
+        probability_BV, token_BV = whole_BV.sort(dim=-1, descending=True, stable=True)
+        if self.sampling.top_k:
+            probability_BV[:, self.sampling.top_k :] = 0
+            probability_BV /= probability_BV.sum(-1, keepdim=True)
+        before_BV = probability_BV.cumsum(-1) - probability_BV
+        probability_BV[before_BV >= self.sampling.top_p] = 0
+        cumulative_BV = probability_BV.cumsum(-1)
+        drawn = torch.tensor([[stream.random()] for stream in self.streams], dtype=torch.float64)
+        target_B1 = drawn.to(cumulative_BV.device) * cumulative_BV[:, -1:]
+        rank_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
+        rank_B1 = rank_B1.minimum((probability_BV > 0).sum(-1, keepdim=True) - 1)
+        return token_BV.gather(1, rank_B1)[:, 0]
