@@ -17,8 +17,6 @@ from megatron_m3.manifest import Manifest, atomic_folder, hash_file, is_finished
 if TYPE_CHECKING:
     from megatron_m3.tokenizer import Tokenizer
 
-KIND, SCHEMA = "tokens", 1
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -34,6 +32,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Tokenize the corpus; nothing is done when the output is there already, made from the same inputs."""
+    from megatron_m3.data.tokens import KIND, SCHEMA
     from megatron_m3.tokenizer import Tokenizer
 
     corpus, output, tokenizer = Corpus(options.input), Path(options.output), Tokenizer.load(options.tokenizer)
@@ -55,19 +54,21 @@ def run(options: Options) -> None:
 
 def write_tokens(corpus: Corpus, tokenizer: "Tokenizer", folder: Path) -> dict[str, Any]:
     """Write the indexed dataset and the document ids into ``folder``; return the counts."""
-    import torch
+    import numpy as np
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(str(folder / "tokens.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size))
+    from megatron_m3.data.tokens import IDS, PREFIX
+
+    builder = IndexedDatasetBuilder(str(folder / f"{PREFIX}.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size))
     longest = total = 0
-    with (folder / "documents.jsonl").open("w") as ids:
+    with (folder / IDS).open("w") as ids:
         for batch in corpus.batches(512, "tokenizing"):
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, tokens in zip(batch, encoded, strict=True):
-                builder.add_document(torch.tensor([*tokens, tokenizer.eos_id]), [len(tokens) + 1])
+                builder.add_document(np.array([*tokens, tokenizer.eos_id]), [len(tokens) + 1])
                 ids.write(json.dumps({"id": document.id}) + "\n")
                 longest, total = max(longest, len(tokens) + 1), total + len(tokens) + 1
-    builder.finalize(str(folder / "tokens.idx"))
+    builder.finalize(str(folder / f"{PREFIX}.idx"))
     return corpus.counts(tokens=total, longest_document=longest)
 
 
