@@ -56,9 +56,9 @@ AREAS = {job.words[0] for jobs in JOBS.values() for job in jobs if len(job.words
 
 GETTING_STARTED = """\
 Getting started:
-  m3 demo                              the whole path in minutes, into demo/run
-  m3 cost --recipe m3-2b               what the three kinds of memory cost
-  m3 pretrain --recipe m3-0.9b --help  every setting, with its default
+  m3 demo                  the whole path in minutes, into demo/run
+  m3 cost --recipe m3-2b   what the three kinds of memory cost
+  m3 pretrain --help       every setting, with its default
 """
 
 
