@@ -20,7 +20,7 @@ $(READY): requirements.txt requirements-dev.txt pyproject.toml
 		test -n "$$python" || { echo "error: Python 3.12 not found: install python3.12 and run make again" >&2; exit 2; }; \
 		"$$python" -m venv $(VENV); }
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	PYTHONWARNINGS=ignore $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 test: setup ## run all tests
