@@ -1,0 +1,145 @@
+"""The vector index: FAISS over the references' vectors, inner product, which is cosine as they have length 1."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from megatron_m3.errors import ConfigError
+from megatron_m3.manifest import Manifest, check_files, check_input, read_manifest
+from megatron_m3.retrieval.embedder import Embedder, load_embedder
+
+KIND, SCHEMA = "index", 1
+FILE, EMBEDDER = "index.faiss", "embedder"
+FLAT_LIMIT = 200_000
+"""Most vectors that are searched one by one unless another index is asked for."""
+MISSING = np.iinfo(np.int64).min
+"""Stands where ``valid`` is false; no reference has it, and indexing with it fails."""
+
+
+class Found(NamedTuple):
+    """References by falling score, [N, k] each."""
+
+    scores: np.ndarray
+    """float32; 0 where missing."""
+    ids: np.ndarray
+    """int64."""
+    valid: np.ndarray
+    """bool; false where there was none."""
+
+
+class VectorIndex:
+    """Finds the references nearest to a vector. Threads follow OMP_NUM_THREADS."""
+
+    def __init__(self, folder: Path, manifest: Manifest, faiss_index: Any) -> None:
+        self.folder, self.manifest, self.hash, self.faiss_index = folder, manifest, manifest.hash, faiss_index
+
+    @classmethod
+    def open(cls, folder: str | Path, *, references_hash: str | None = None, check: bool = False) -> Self:
+        """Open a folder made by ``m3 data index``; ``check`` verifies every checksum, else only sizes.
+
+        Raises:
+            ArtifactError: not an index folder, a damaged one, or one of other references.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder, KIND, SCHEMA)
+        check_files(folder, manifest, checksums=check)
+        if references_hash is not None:
+            check_input(folder, manifest, "references", references_hash)
+        return cls(folder, manifest, read_faiss(folder / FILE))
+
+    def __len__(self) -> int:
+        return int(self.faiss_index.ntotal)
+
+    def embedder(self) -> Embedder:
+        """The embedder whose vectors the index holds."""
+        return load_embedder(self.folder / EMBEDDER)
+
+    def search(self, vectors: np.ndarray, k: int) -> Found:
+        """The ``k`` nearest references of each vector, float32 [N, size]. A zero vector finds nothing."""
+        scores, ids = self.faiss_index.search(np.ascontiguousarray(vectors, np.float32), k)
+        order = np.lexsort((ids, -scores))
+        scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+        valid = (ids >= 0) & vectors.any(axis=1)[:, None]
+        return Found(np.where(valid, scores, 0).astype(np.float32), np.where(valid, ids, MISSING), valid)
+
+    def search_filtered(self, vectors: np.ndarray, k: int, drop: Callable[[int, np.ndarray], np.ndarray]) -> Found:
+        """:meth:`search` for the ``k`` nearest references that ``drop`` lets pass; looks further until it has them.
+
+        Args:
+            vectors: float32 [N, size].
+            k: references wanted.
+            drop: from a row and the ids [M] of its next candidates, by falling score, to bool [M]: drop it?
+                A candidate may be asked about twice.
+        """
+        rows, fetch = np.arange(len(vectors)), min(2 * k + 4, len(self))
+        result = Found(np.zeros((len(vectors), k), np.float32), np.full((len(vectors), k), MISSING),
+                       np.zeros((len(vectors), k), bool))
+        while len(rows):
+            found = self.search(vectors[rows], fetch)
+            short = []
+            for row, scores, ids, valid in zip(rows, *found, strict=True):
+                scores, ids = scores[valid], ids[valid]
+                kept = np.flatnonzero(~drop(int(row), ids))[:k]
+                result.scores[row, : len(kept)], result.ids[row, : len(kept)] = scores[kept], ids[kept]
+                result.valid[row, : len(kept)] = True
+                if len(kept) < k and valid.all():
+                    short.append(row)
+            if fetch == len(self):
+                break
+            rows, fetch = np.array(short, np.int64), min(4 * fetch, len(self))
+        return result
+
+
+def read_faiss(path: Path) -> Any:
+    """Read a FAISS index file."""
+    import faiss
+
+    return faiss.read_index(str(path))
+
+
+def choose_factory(count: int) -> str:
+    """FAISS factory string for ``count`` vectors: flat when few, else inverted lists, about 4 * sqrt(count) of them."""
+    return "Flat" if count <= FLAT_LIMIT else f"IVF{2 ** round(np.log2(4 * count**0.5))},Flat"
+
+
+def build_faiss(factory: str, size: int, sample: np.ndarray, blocks: Iterable[np.ndarray]) -> Any:
+    """Train a FAISS index on ``sample`` and add the vectors of all ``blocks``, float32 [N, size] each.
+
+    Raises:
+        ConfigError: a factory string that FAISS refuses, or too few vectors to train it.
+    """
+    import faiss
+
+    try:
+        index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            index.train(sample)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0].rpartition("Error: ")[2]
+        raise ConfigError(
+            f"factory={factory}: FAISS refuses it for {len(sample)} vectors of {size} numbers ({reason}); try Flat"
+        ) from None
+    for block in blocks:
+        index.add(np.ascontiguousarray(block))
+    return index
+
+
+def nearest_exactly(queries: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> np.ndarray:
+    """Ids [N, k] of the nearest vectors by comparing with every one, block after block."""
+    import faiss
+
+    heap = faiss.ResultHeap(len(queries), k, keep_max=True)
+    first = 0
+    for block in blocks:
+        scores, ids = faiss.knn(queries, np.ascontiguousarray(block), min(k, len(block)), faiss.METRIC_INNER_PRODUCT)
+        heap.add_result(scores, ids + first)
+        first += len(block)
+    heap.finalize()
+    return np.asarray(heap.I)
+
+
+def recall(found: np.ndarray, exact: np.ndarray) -> float:
+    """Share of the ids ``exact`` [N, k] that ``found`` [N, k] has in the same row."""
+    return float(np.mean([np.isin(right, left).mean() for left, right in zip(found, exact, strict=True)]))

@@ -1,0 +1,111 @@
+"""The offline embedder: TF-IDF over words, brought to a few hundred numbers by a sparse random projection.
+
+A projection, unlike a truncated SVD, keeps rare words, and rare words are what tells one piece of knowledge from
+another: of WordNet's 82 thousand noun entries, five neighbours of a text with a quarter of an entry's words contain
+the entry for 75 % of the texts, against 17 % with an SVD of 256 numbers.
+"""
+
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_m3.errors import DataError
+from megatron_m3.manifest import Manifest, atomic_folder, hash_file, write_manifest
+from megatron_m3.retrieval.embedder import KIND, SCHEMA, normalise
+
+FILE = "word_weights.npy"
+NUM_WEIGHTS = 1 << 20
+"""Words share a weight if their hashes agree modulo this."""
+RARITY = 1.5
+"""Power of the inverse document frequency: above 1, names in running text outweigh the words around them."""
+NUM_PLACES = 8
+"""Numbers of the vector that one word adds to."""
+BATCH = 4096
+CHINESE_JAPANESE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{CHINESE_JAPANESE}]|[^\W_{CHINESE_JAPANESE}]+")
+"""A run of letters and digits, or one character of a script that does not part words."""
+
+
+class TfidfEmbedder:
+    """Weighs words by their rarity among the references; each adds ±weight to a few numbers chosen by its hash."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.size: int = manifest.settings["size"]
+        self.hash = manifest.hash
+        self.weights = np.load(folder / FILE)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of ``texts``, float32 [N, size], of length 1, or 0 for a text without words that references have."""
+        parts = [self._embed_batch(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.size), np.float32)
+
+    def _embed_batch(self, texts: Sequence[str]) -> np.ndarray:
+        rows, words, counts = count_words(texts)
+        weights = (1 + np.log(counts)) * self.weights[words % NUM_WEIGHTS]
+        places, signs = _places(words, self.size)
+        cells = (rows[:, None] * self.size + places).ravel()
+        vectors = np.bincount(cells, (weights[:, None] * signs).ravel(), minlength=len(texts) * self.size)
+        return normalise(vectors.reshape(len(texts), self.size))
+
+
+def count_words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Text number, hash and count of each different word of each text; three int64 arrays, in order of text."""
+    found = [WORD.findall(text.casefold()) for text in texts]
+    hashes = np.array([zlib.crc32(word.encode()) for words in found for word in words], np.int64)
+    keys = (np.repeat(np.arange(len(texts)), [len(words) for words in found]) << 32) | hashes
+    keys, counts = np.unique(keys, return_counts=True)
+    return keys >> 32, keys & 0xFFFFFFFF, counts
+
+
+def _places(words: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each word adds to the vector, and with which sign: [words, NUM_PLACES], by splitmix64 of its hash."""
+    steps = np.arange(NUM_PLACES, dtype=np.uint64)
+    mixed: np.ndarray = words.astype(np.uint64)[:, None] * np.uint64(NUM_PLACES) + steps
+    mixed *= np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    signs = np.where(mixed & np.uint64(1), 1.0, -1.0)
+    return ((mixed >> np.uint64(1)) % np.uint64(size)).astype(np.int64), signs
+
+
+def train_tfidf(texts: Iterable[str], folder: Path, *, size: int, complete: bool) -> TfidfEmbedder:
+    """Weigh words by how many of ``texts`` have them, and write the embedder to ``folder``; same texts, same bytes.
+
+    ``complete`` says that the texts are all references, so that a word none of them has is worth nothing; otherwise
+    it is worth most.
+
+    Raises:
+        DataError: there is no word in any text.
+    """
+    num_texts, documents = 0, np.zeros(NUM_WEIGHTS, np.int64)
+    for batch in _batches(texts):
+        num_texts += len(batch)
+        documents += np.bincount(count_words(batch)[1] % NUM_WEIGHTS, minlength=NUM_WEIGHTS)
+    if not documents.any():
+        raise DataError("references: no words in any of them, so nothing to retrieve by; give texts with words")
+    weights = np.log((num_texts + 1) / np.minimum(documents + 0.5, num_texts + 0.5)) ** RARITY
+    if complete:
+        weights[documents == 0] = 0
+    with atomic_folder(folder) as temporary:
+        np.save(temporary / FILE, weights.astype(np.float32))
+        settings = {"kind": "tfidf", "size": size, "rarity": RARITY, "places": NUM_PLACES, "complete": complete}
+        files = {FILE: hash_file(temporary / FILE)}
+        info = {"texts": num_texts}
+        manifest = Manifest(kind=KIND, schema=SCHEMA, inputs={}, settings=settings, files=files, info=info)
+        write_manifest(temporary, manifest)
+    return TfidfEmbedder(folder, manifest)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
