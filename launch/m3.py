@@ -26,7 +26,7 @@ def _job(words: str, module: str, summary: str) -> Job:
 
 JOBS: dict[str, tuple[Job, ...]] = {
     "Data": (
-        _job("data wordnet", "data_tools.wordnet", "unpack the WordNet glosses that come with the project as JSONL"),
+        _job("data wordnet", "data_tools.wordnet", "the demo's texts, from the WordNet glosses in corpus/"),
         _job("data tokenizer", "data_tools.tokenizer", "train a byte-level BPE tokenizer on a corpus"),
         _job("data tokenize", "data_tools.tokenize", "corpus (JSONL, txt, parquet) to Megatron .bin/.idx"),
         _job("data references", "data_tools.references", "cut a corpus into references: the knowledge base"),
@@ -56,7 +56,7 @@ AREAS = {job.words[0] for jobs in JOBS.values() for job in jobs if len(job.words
 
 GETTING_STARTED = """\
 Getting started:
-  m3 demo                  the whole path in minutes, into demo/run
+  m3 demo                  the whole path in minutes, into demo/
   m3 cost --recipe m3-2b   what the three kinds of memory cost
   m3 pretrain --help       every setting, with its default
 """
