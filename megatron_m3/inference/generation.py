@@ -63,7 +63,6 @@ class Statistics:
     fetch_seconds: float = 0.0
     """Reading, decoding or writing memories, and placing them in the cache."""
     references_read: int = 0
-    distinct_references: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
     total_seconds: float = 0.0
@@ -74,9 +73,16 @@ class Statistics:
         """Generated tokens in a second of the whole call."""
         return self.generated_tokens / self.total_seconds if self.total_seconds else 0.0
 
+    def add(self, other: "Statistics") -> None:
+        """Count another call's as well."""
+        for name, value in vars(other).items():
+            if name == "seen":
+                self.seen |= value
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        self.distinct_references = len(self.seen)
         result = {name: round(value, 6) if isinstance(value, float) else value for name, value in vars(self).items()}
-        del result["seen"]
+        result["distinct_references"] = len(result.pop("seen"))
         return result | {"tokens_per_second": round(self.tokens_per_second, 3)}

@@ -71,10 +71,14 @@ class Recall:
                 id=int(recalled.ids[chunk, place]),
                 score=float(recalled.scores[chunk, place]),
                 text=self.retriever.references.text(int(recalled.ids[chunk, place])),
-                kept_positions=recalled.memories.kept_positions(int(recalled.rows[chunk, place])),
+                kept_positions=self._kept_positions(recalled.memories, int(recalled.rows[chunk, place])),
             )
             for place in np.flatnonzero(recalled.valid[chunk])
         ]
+
+    @staticmethod
+    def _kept_positions(memories: "ExplicitMemories", row: int) -> np.ndarray:
+        return np.asarray(memories.positions[row])[..., : int(memories.num_kept[row])]
 
     def memories_of(self, recalled: Recalled, chunk_BC: np.ndarray, has_chunk_BC: np.ndarray) -> ChunkMemories:
         """The memories of a grid of chunks, each naming one of ``recalled``; none where ``has_chunk_BC`` is False."""

@@ -60,4 +60,4 @@ def copy_embedder(source: Path, target: Path) -> Manifest:
 def normalise(vectors: np.ndarray) -> np.ndarray:
     """Vectors [N, size] scaled to length 1, as float32; zeros stay zeros."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0).astype(np.float32)
+    return np.divide(vectors, lengths, out=np.zeros(vectors.shape, lengths.dtype), where=lengths > 0).astype(np.float32)

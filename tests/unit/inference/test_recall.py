@@ -1,0 +1,146 @@
+"""Generation with recall against one that recomputes everything, from the method's words, at every token."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tests.dense_plan import recompute_plan
+from tests.knowledge import build_knowledge
+from tests.tiny_model import sentence, tiny_model
+
+NUM_REFERENCES = 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("recall")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return tiny_model(folder, memory__tokens="all", memory__layers="0-2")
+
+
+@pytest.fixture(scope="module")
+def retriever(folder, loaded):
+    from megatron_m3.retrieval import Retriever
+
+    length = loaded.config.memory.reference_length
+    paths = build_knowledge(folder, folder / "tokenizer", count=NUM_REFERENCES, words=10, reference_length=length)
+    return Retriever.open(paths["index"], paths["references"], loaded.tokenizer)
+
+
+def cold(loaded, retriever):
+    from megatron_m3.memory import ColdSource
+
+    return ColdSource(loaded, retriever.references)
+
+
+@pytest.fixture(scope="module")
+def engine(loaded, retriever):
+    from megatron_m3.inference.engine import Engine
+
+    return Engine(loaded, retriever, cold(loaded, retriever))
+
+
+def prompts_of(loaded, lengths):
+    tokens = loaded.tokenizer.encode(sentence(7, 60))
+    return [tokens[start : start + length] for start, length in enumerate(lengths)]
+
+
+def read_by(position, prompt, generated, length):
+    """The tokens that retrieved what a context position reads (3.1): its chunk's, or those of the chunk before it."""
+    beyond = position - len(prompt)
+    if beyond < 0 or not beyond // length:
+        chunks = [prompt[first : first + length] for first in range(0, len(prompt), length)]
+        return chunks[min(position // length, len(chunks) - 1)] if chunks else None
+    return generated[(beyond // length - 1) * length : beyond // length * length]
+
+
+@torch.no_grad()
+def generate_by_definition(loaded, retriever, prompt, count):
+    """Greedy tokens, each from one dense pass over prefix, every reference read so far, and the context."""
+    from megatron_m3.model.gpt import logits
+
+    config, generated = loaded.config, []
+    for _ in range(count):
+        context = [loaded.tokenizer.bos_id, *prompt, *generated]
+        reads = []
+        for position in range(len(context)):
+            query = read_by(position, prompt, generated, config.memory.chunk_length)
+            found = retriever.retrieve([query], config.memory.references_per_chunk) if query else None
+            reads.append(found.ids[0][found.valid[0]].tolist() if found else [])
+        distinct = sorted({id for read in reads for id in read})
+        tokens, lengths = retriever.references.tokens(np.array(distinct, dtype=np.int64))
+        rows = [[*loaded.prefix_ids], *(row[:size].tolist() for row, size in zip(tokens, lengths, strict=True)), context]
+        plan = recompute_plan(
+            config, len(loaded.prefix_ids), lengths.tolist(), len(context),
+            lambda position: [distinct.index(id) for id in reads[position]],  # noqa: B023
+        )
+        out = logits(loaded.model, torch.tensor([sum(rows, [])]), plan, config.model.vocab_size)
+        generated.append(int(out[0, -1].argmax()))
+    return generated
+
+
+def test_generation_is_what_the_method_says_at_every_token(loaded, retriever, engine):
+    # chunks of 8: an empty prompt, a part of a chunk, one whole, two whole, and two and a part
+    prompts = prompts_of(loaded, [0, 5, 8, 16, 19])
+    found, _ = engine.generate_tokens(prompts, 18, stop_at_eos=False)
+    for prompt, one in zip(prompts, found, strict=True):
+        assert one.tokens == generate_by_definition(loaded, retriever, prompt, 18)
+
+
+def test_memories_matter(loaded, engine):
+    prompts = prompts_of(loaded, [5, 8, 16, 19])
+    plain, _ = type(engine)(loaded).generate_tokens(prompts, 18, stop_at_eos=False)
+    found, _ = engine.generate_tokens(prompts, 18, stop_at_eos=False)
+    assert all(one.tokens != other.tokens for one, other in zip(found, plain, strict=True))
+
+
+def test_a_batch_equals_its_prompts_one_by_one(loaded, engine):
+    prompts = prompts_of(loaded, [0, 3, 8, 11, 24])
+    together, _ = engine.generate_tokens(prompts, 20)
+    for prompt, one in zip(prompts, together, strict=True):
+        (alone,), _ = engine.generate_tokens([prompt], 20)
+        assert (one.tokens, one.ended) == (alone.tokens, alone.ended)
+        assert [[ref.id for ref in chunk.references] for chunk in one.chunks] == [
+            [ref.id for ref in chunk.references] for chunk in alone.chunks
+        ]
+
+
+def test_every_chunk_says_what_it_read(loaded, retriever, engine):
+    prompts = prompts_of(loaded, [19])
+    (one,), statistics = engine.generate_tokens(prompts, 20, stop_at_eos=False)
+    assert [(chunk.part, chunk.first_token, chunk.num_tokens) for chunk in one.chunks] == [
+        ("prompt", 0, 8), ("prompt", 8, 8), ("prompt", 16, 3), ("generated", 0, 8), ("generated", 8, 8),
+        ("generated", 16, 4),
+    ]
+    prompt = prompts[0]
+    queries = [prompt[:8], prompt[8:16], prompt[16:], prompt[16:], one.tokens[:8], one.tokens[8:16]]
+    expected = retriever.retrieve(queries, 2)
+    for row, chunk in enumerate(one.chunks):
+        valid = expected.valid[row]
+        assert [ref.id for ref in chunk.references] == expected.ids[row][valid].tolist()
+        assert [ref.score for ref in chunk.references] == pytest.approx(expected.scores[row][valid].tolist(), abs=1e-6)
+        for ref in chunk.references:
+            assert ref.text == retriever.references.text(ref.id)
+            length = int(retriever.references.tokens([ref.id])[1][0])
+            assert ref.kept_positions.tolist() == [[list(range(length))] * 2] * 3
+    assert statistics.references_read == sum(len(chunk.references) for chunk in one.chunks) - len(one.chunks[3].references)
+    assert statistics.to_dict()["generated_tokens"] == 20
+    assert "kept_positions" not in str(one.to_dict())
+
+
+def test_slots_of_missing_results_stay_empty(loaded, retriever):
+    """With more references asked for than there are, the answer is that of exactly as many."""
+    from megatron_m3.inference.engine import Engine
+
+    def tokens(references_per_chunk):
+        memory = dataclasses.replace(loaded.config.memory, references_per_chunk=references_per_chunk)
+        other = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, memory=memory))
+        found, _ = Engine(other, retriever, cold(loaded, retriever)).generate_tokens(prompts_of(loaded, [5, 8]), 12)
+        return [one.tokens for one in found]
+
+    assert tokens(NUM_REFERENCES + 7) == tokens(NUM_REFERENCES) != tokens(2)
