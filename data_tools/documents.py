@@ -19,7 +19,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 from megatron_m3.errors import DataError
 from megatron_m3.manifest import atomic_path, hash_file, hash_json
-from megatron_m3.platform.progress import Progress
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
 SKIPPED = "skipped.jsonl"
@@ -113,6 +112,8 @@ class Corpus:
         Raises:
             DataError: there was no usable document.
         """
+        from megatron_m3.platform.progress import Progress
+
         documents = iter(self)
         with Progress(label, self.bytes_total, "bytes") as progress:
             while batch := list(itertools.islice(documents, size)):

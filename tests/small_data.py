@@ -64,12 +64,13 @@ def make_small_data(folder: Path, entries: int = 60) -> SmallData:
 
 
 def write_neighbours(folder: Path, tokens: TokenStore, references: ReferenceStore, tokenizer_hash: str,
-                     seed: int = 0, num_neighbours: int = 3, documents_per_block: int = 8) -> None:
+                     seed: int = 0, num_neighbours: int = 3, documents_per_block: int = 8,
+                     chunk_length: int = CHUNK_LENGTH) -> None:
     """Random neighbours of every chunk, a fifth of them missing."""
     draw = np.random.default_rng(seed)
-    counts = np.diff(tokens.first_chunks(CHUNK_LENGTH))
+    counts = np.diff(tokens.first_chunks(chunk_length))
     inputs = {"tokens": tokens.hash, "references": references.hash, "tokenizer": tokenizer_hash}
-    settings = {"chunk_length": CHUNK_LENGTH, "documents_per_block": documents_per_block}
+    settings = {"chunk_length": chunk_length, "documents_per_block": documents_per_block}
     blocks = BlockFolder(folder, {"inputs": inputs, "settings": settings})
     num_blocks = -(-len(counts) // documents_per_block)
     for index in range(num_blocks):

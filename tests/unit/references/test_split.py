@@ -1,0 +1,77 @@
+import itertools
+import random
+
+import pytest
+
+from megatron_m3.errors import DataError
+from megatron_m3.references import split_text
+from megatron_m3.tokenizer import train_tokenizer
+
+TEXT = "a branch of the tree that bears leaves or fruit; 日本語の辞書 Dr. Smith's (old) house... “quoted” Wörter"
+WORDS = [*TEXT.split(), "internationalization"]
+
+
+def random_text(seed, words):
+    draw = random.Random(seed)
+    ends = ["", "", "", "", ".", "!", "?", ",", ".\n", "。"]
+    return " ".join(draw.choice(WORDS) + draw.choice(ends) for _ in range(words))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer([random_text(0, 500)], 380, tmp_path_factory.mktemp("tokenizer") / "made")
+
+
+@pytest.mark.parametrize("limit", [8, 16, 31, 128])
+@pytest.mark.parametrize("seed", range(5))
+def test_pieces_fit_and_lose_nothing(tokenizer, limit, seed):
+    text = random_text(seed, 200)
+    pieces = split_text(tokenizer, text, limit)
+    assert all(0 < len(piece.tokens) <= limit for piece in pieces)
+    assert all(piece.tokens == tokenizer.encode(piece.text) for piece in pieces)
+    assert "".join("".join(piece.text for piece in pieces).split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_first_token_is_where_the_piece_begins(tokenizer, seed):
+    text = random_text(seed, 200)
+    spans = tokenizer.token_spans(text)
+    for piece in split_text(tokenizer, text, 32):
+        assert text[spans[piece.first_token][0] :].lstrip().startswith(piece.text)
+
+
+def test_a_text_that_fits_stays_as_it_is(tokenizer):
+    text = "  a tree.\n that bears "
+    (piece,) = split_text(tokenizer, text, len(tokenizer.encode(text)))
+    assert piece == (text, tokenizer.encode(text), 0)
+
+
+def test_one_token_too_many_makes_two(tokenizer):
+    text = "a tree that bears fruit"
+    assert len(split_text(tokenizer, text, 128)) == 1
+    assert len(split_text(tokenizer, text * 10, len(tokenizer.encode(text * 10)) - 1)) == 2
+
+
+def test_cuts_fall_at_sentence_ends(tokenizer):
+    sentences = ["a branch of the tree.", "“that bears leaves or fruit?”", "a house of the tree!", "leaves bears fruit"]
+    limit = max(len(tokenizer.encode(" ".join(pair))) for pair in itertools.pairwise(sentences)) + 1
+    assert [piece.text for piece in split_text(tokenizer, " ".join(sentences), limit)] == [
+        " ".join(sentences[:2]), " ".join(sentences[2:])]
+
+
+def test_without_sentences_cuts_fall_between_words(tokenizer):
+    words = ["branch", "leaves", "bears", "house"] * 20
+    pieces = split_text(tokenizer, " ".join(words), 16)
+    assert [word for piece in pieces for word in piece.text.split()] == words
+
+
+def test_a_word_longer_than_a_reference_is_cut_between_characters(tokenizer):
+    text = "x日" * 300
+    pieces = split_text(tokenizer, text, 16)
+    assert "".join(piece.text for piece in pieces) == text
+    assert len(pieces) <= len(tokenizer.encode(text)) / 16 * 1.5 + 1
+
+
+def test_a_character_that_does_not_fit_is_an_error(tokenizer):
+    with pytest.raises(DataError, match="alone takes more than 2 tokens"):
+        split_text(tokenizer, "a𝄞b", 2)
