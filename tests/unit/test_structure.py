@@ -32,7 +32,7 @@ def against_the_flow(folder: str, tree: ast.Module) -> list[str]:
         parts = name.split(".")
         if parts[0] in ("launch", "data_tools", "ckpt_convert", "tests"):
             wrong.append(name)
-        elif parts[0] == "megatron_m3" and parts[1] in FLOW:
+        elif parts[0] == "megatron_m3" and len(parts) > 1 and parts[1] in FLOW:
             later = FLOW.index(parts[1]) > FLOW.index(folder)
             strangers = {folder, parts[1]} == {"training", "inference"}
             if later or strangers or (folder == "training" and parts[1:3] == ["memory", "bank"]):
