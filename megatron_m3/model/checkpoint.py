@@ -12,9 +12,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import torch.distributed as dist
 
 from megatron_m3.config import Config, ParallelConfig, from_dict, to_dict
@@ -177,7 +176,7 @@ def check_weights(folder: Path, models: Sequence[Any]) -> str:
     """Check that the model chunks hold exactly a checkpoint's weights, and return their fingerprint; a collective."""
     recorded = read_checkpoint(folder).settings["weights_hash"]
     if weights_hash(models) != recorded:
-        raise ArtifactError(f"{folder}: the weights differ from those saved; a file is damaged, take another checkpoint")
+        raise ArtifactError(f"{folder}: the weights differ from those saved; a file is damaged, take another one")
     return str(recorded)
 
 
@@ -193,7 +192,7 @@ def check_same_model(folder: Path, config: Config) -> None:
             raise ConfigError(f"model.{name}={value}: the checkpoint {folder} has {stored.get(name)}; make them equal")
 
 
-def load_model(folder: Path, *, tensor: int = 1, dtype: str | None = None) -> LoadedModel:
+def load_model(folder: Path, *, tensor: int = 1, dtype: Literal["fp32", "bf16"] | None = None) -> LoadedModel:
     """Read a model for inference on ``tensor`` processes, whatever layout it was trained with.
 
     Args:

@@ -13,18 +13,21 @@ import torch.distributed as dist
 
 from megatron_m3.manifest import hash_json
 
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-"""What dist_checkpointing is told, so that optimizer states fit any layout."""
 BLOCK = 1 << 22
 MULTIPLIERS = (-7046029254386353131, -4417276706812531889, -7723592293110705685)
 BIT_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def sharding_metadata() -> dict[str, Any]:
+    """What dist_checkpointing is told, so that optimizer states fit any layout; a new one, since it is added to."""
+    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
 def sharded_state(models: Sequence[Any]) -> dict[str, Any]:
     """The sharded state of all model chunks of this process, keyed as dist_checkpointing wants it."""
     if len(models) == 1:
-        return {"model": models[0].sharded_state_dict(metadata=METADATA)}
-    return {f"model{index}": chunk.sharded_state_dict(metadata=METADATA) for index, chunk in enumerate(models)}
+        return {"model": models[0].sharded_state_dict(metadata=sharding_metadata())}
+    return {f"model{index}": chunk.sharded_state_dict(metadata=sharding_metadata()) for index, chunk in enumerate(models)}
 
 
 def weights_hash(models: Sequence[Any]) -> str:

@@ -99,8 +99,11 @@ class Guard:
             loss > config.spike_factor * state.loss_mean or grad_norm > config.norm_spike_factor * state.norm_mean
         )
 
-    def roll_back(self, checkpoint: GuardState, end: int) -> None:
-        """Go on from a good checkpoint's state: the pending sequences up to ``end`` are skipped, the rate is lowered.
+    def roll_back(self, end: int) -> tuple[int, int]:
+        """Note a return to a checkpoint: the rate is lowered, and the suspicious sequences up to ``end`` are skipped.
+
+        Returns:
+            Their ``[first, end)`` range.
 
         Raises:
             DivergenceError: ``guard.max_rollbacks`` returns were made already.
@@ -110,9 +113,18 @@ class Guard:
                 f"guard.max_rollbacks={self.config.max_rollbacks}: training diverged once more; "
                 "lower optimizer.lr, look at the data, or raise the limit"
             )
-        skipped = sorted([*self.state.skipped, [self.state.suspicious_since, end]])
-        self.state = replace(checkpoint, rollbacks=self.state.rollbacks + 1, skipped=skipped,
-                             suspicious_since=-1, suspicious_steps=0)
+        first = self.state.suspicious_since
+        self.state = replace(
+            self.state, rollbacks=self.state.rollbacks + 1, skipped=sorted([*self.state.skipped, [first, end]]),
+            suspicious_since=-1, suspicious_steps=0,
+        )
+        return first, end
+
+    def restore(self, checkpoint: GuardState) -> None:
+        """Take up a checkpoint's state, but keep the returns made after it was taken and what they skip."""
+        if checkpoint.rollbacks < self.state.rollbacks:
+            checkpoint = replace(checkpoint, rollbacks=self.state.rollbacks, skipped=self.state.skipped)
+        self.state = checkpoint
 
     def next_sequences(self, position: int, count: int) -> tuple[int, int]:
         """The next ``[first, end)`` of ``count`` sequences at or after ``position`` that meets no skipped range."""

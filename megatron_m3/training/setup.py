@@ -1,4 +1,4 @@
-"""From a config to what a training step needs: model chunks, gradient buffers, optimizer, all laid over the processes."""
+"""From a config to what a training step needs: model chunks, gradient buffers, optimizer, laid over the processes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -88,8 +88,8 @@ def build_machinery(config: Config, platform: Platform, prefix_ids: list[int]) -
         grad_reduce_in_fp32=half, use_distributed_optimizer=config.parallel.distributed_optimizer
     )
     chunks = [
-        DistributedDataParallel(core, buffers, Float16Module(core, model) if half else model, disable_bucketing=index > 0)
-        for index, model in enumerate(models)
+        DistributedDataParallel(core, buffers, Float16Module(core, model) if half else model)
+        for model in models
     ]
     for chunk in chunks:
         chunk.train()

@@ -19,7 +19,7 @@ from megatron_m3.model.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from megatron_m3.model.weights_hash import METADATA, sharded_state
+from megatron_m3.model.weights_hash import sharded_state, sharding_metadata
 from megatron_m3.training.guard import GuardState
 from megatron_m3.training.setup import Machinery, prepare_optimizer
 
@@ -40,7 +40,7 @@ def save_run(machinery: Machinery, state: RunState, *, good: bool) -> Path:
     """Write the checkpoint of this step; a collective. Returns its folder."""
     config = machinery.config
     sharded = {
-        "optimizer": machinery.optimizer.sharded_state_dict(sharded_state(machinery.models), metadata=METADATA),
+        "optimizer": machinery.optimizer.sharded_state_dict(sharded_state(machinery.models), metadata=sharding_metadata()),
         "generators": _generators(_layout()),
     }
     training = {"position": state.position, "guard": state.guard.to_dict(), "layout": list(_layout())}
@@ -61,7 +61,7 @@ def load_run(machinery: Machinery, folder: Path) -> RunState:
     layout, training = _layout(), stored["training"]
     sharded = sharded_state(machinery.models)
     sharded["optimizer"] = machinery.optimizer.sharded_state_dict(
-        sharded_state(machinery.models), is_loading=True, metadata=METADATA
+        sharded_state(machinery.models), is_loading=True, metadata=sharding_metadata()
     )
     same_layout = tuple(training["layout"]) == layout
     if same_layout:

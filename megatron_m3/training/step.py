@@ -11,10 +11,17 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_m3.errors import DataError, M3Error
 from megatron_m3.model.gpt import training_forward
 from megatron_m3.training.setup import Machinery
 
 Batch = dict[str, Tensor]
+
+
+class ReadingError(DataError):
+    """Training data that one process could not read; the others may not know."""
+
+    met_by_one_process = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +48,7 @@ def training_step(machinery: Machinery, micro_batches: Iterator[Batch], rate: fl
         request: a number that all processes should agree on; the largest one comes back.
     """
     config, device = machinery.config, machinery.platform.device
-    batches = [
-        {name: tensor.to(device, non_blocking=True) for name, tensor in next(micro_batches).items()}
-        for _ in range(machinery.num_micro_batches)
-    ]
+    batches = _read(micro_batches, machinery.num_micro_batches, device)
     for chunk in machinery.chunks:
         chunk.zero_grad_buffer()
     machinery.optimizer.zero_grad()
@@ -63,6 +67,14 @@ def training_step(machinery: Machinery, micro_batches: Iterator[Batch], rate: fl
     _, grad_norm, _ = machinery.optimizer.step()
     loss, tokens, asked = _agree(sums, request, device)
     return StepResult(loss=loss, grad_norm=float(grad_norm), tokens=tokens, request=asked)
+
+
+def _read(micro_batches: Iterator[Batch], count: int, device: torch.device) -> list[Batch]:
+    try:
+        read = [next(micro_batches) for _ in range(count)]
+    except M3Error as error:
+        raise ReadingError(str(error)) from error
+    return [{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} for batch in read]
 
 
 def _forward(machinery: Machinery, batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:

@@ -1,0 +1,72 @@
+"""`m3 pretrain`: train a model, alone or under torchrun.
+
+    m3 pretrain --recipe demo --training.output run --data.tokens tokens --data.tokenizer tokenizer
+    torchrun --nproc-per-node 4 -m launch.pretrain --recipe m3-0.9b --parallel.tensor 2 --parallel.pipeline 2 ...
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_m3.config import RECIPES, Config, from_dict, get_recipe, given_options, make_parser, replace_fields
+from megatron_m3.errors import ConfigError, M3Error, exit_on_user_error
+
+if TYPE_CHECKING:
+    from megatron_m3.training.loop import Summary
+
+
+def parse_config(argv: Sequence[str] | None) -> Config:
+    """A recipe or a config file, with the fields given on the command line replaced."""
+    parser = make_parser(
+        Config, "m3 pretrain",
+        "Train a model. Start from a recipe or a config file; every option below replaces one field of it.\n"
+        "The defaults shown are those without a recipe.",
+    )
+    parser.add_argument("--recipe", metavar="NAME", help=f"named settings to start from: {', '.join(RECIPES)}")
+    parser.add_argument("--config", metavar="FILE", help="JSON file to start from, such as the config.json of a run")
+    given = given_options(parser.parse_args(argv))
+    recipe, file = given.pop("recipe"), given.pop("config")
+    if (recipe is None) == (file is None):
+        raise ConfigError("recipe: give --recipe NAME or --config FILE, one of them")
+    return replace_fields(get_recipe(recipe) if recipe else _read_config(Path(file)), given)
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config={path}: cannot be read as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config={path}: must hold a JSON object")
+    return from_dict(Config, values)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, train, and say how it ended; an error that all processes meet is told by the first of them alone."""
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        summary = _train(parse_config(argv))
+    except M3Error as error:
+        if first or getattr(error, "met_by_one_process", False):
+            raise
+        sys.exit(2)
+    if first:
+        loss = "" if summary.loss is None else f", loss {summary.loss:.4f}"
+        print(f"{'trained' if summary.finished else 'left after'} {summary.step} steps{loss}; "
+              f"checkpoint {summary.checkpoint}")
+
+
+def _train(config: Config) -> "Summary":
+    from megatron_m3.platform import select
+
+    select()
+    from megatron_m3.training.loop import train
+
+    return train(config)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

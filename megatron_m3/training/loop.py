@@ -1,0 +1,216 @@
+"""The training loop: start or go on, step by step, save, and return to the last good checkpoint when training diverges.
+
+``platform.select()`` must have been called before this module is imported.
+"""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_m3.config import Config
+from megatron_m3.config.flops import step_flops
+from megatron_m3.data import TrainingDataset, build_loader
+from megatron_m3.errors import ConfigError
+from megatron_m3.manifest import atomic_path
+from megatron_m3.model.checkpoint import checkpoint_folder, list_checkpoints, remove_checkpoint, remove_checkpoints
+from megatron_m3.model.gpt import DTYPES
+from megatron_m3.platform.distributed import parallel_world
+from megatron_m3.tokenizer import Tokenizer
+from megatron_m3.training import signals
+from megatron_m3.training.guard import Guard, GuardState, Verdict
+from megatron_m3.training.metrics import Metrics, measure_peak_tflops, say
+from megatron_m3.training.record import write_run_record
+from megatron_m3.training.schedule import learning_rate
+from megatron_m3.training.setup import Machinery, build_machinery, check_run
+from megatron_m3.training.state import RunState, load_run, save_run, start_from
+from megatron_m3.training.step import StepResult, training_step
+
+GUARD_FILE = "guard.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """How a run ended."""
+
+    step: int
+    """Steps taken, over all its lives."""
+    finished: bool
+    """Whether all steps are done."""
+    loss: float | None
+    """Loss of the last step; None if none was taken in this life."""
+    checkpoint: Path
+    """The newest checkpoint."""
+
+
+def train(config: Config) -> Summary:
+    """Train as ``config`` says; every process of the world calls this.
+
+    Raises:
+        M3Error: settings, data or artifacts that do not work, a full disk, or divergence beyond the guard's limits.
+    """
+    check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}: must be at least the tokenizer's {tokenizer.vocab_size}"
+        )
+    found = list_checkpoints(Path(config.training.output))
+    if found and not config.checkpoint.resume:
+        raise ConfigError(
+            f"training.output={config.training.output}: holds checkpoints; choose another folder, or set "
+            "checkpoint.resume=true to go on"
+        )
+    dataset = TrainingDataset(config)
+    with parallel_world(config.parallel, config.training.seed) as platform:
+        first = dist.get_rank() == 0
+        machinery = build_machinery(config, platform, tokenizer.prefix_ids(config.memory.prefix))
+        with signals.Requests(Path(config.training.output), watches_files=first) as requests:
+            loop = Loop(machinery, dataset, requests)
+            loop.start(found)
+            return loop.run()
+
+
+class Loop:
+    """One life of a run, from start or resumption to its end."""
+
+    def __init__(self, machinery: Machinery, dataset: TrainingDataset, requests: signals.Requests) -> None:
+        self.machinery, self.dataset, self.requests = machinery, dataset, requests
+        self.config = config = machinery.config
+        self.output = Path(config.training.output)
+        self.first = dist.get_rank() == 0
+        self.state, self.guard = RunState(), Guard(config.guard)
+        self.metrics = Metrics(self.output, every=config.logging.every, tensorboard=config.logging.tensorboard)
+        self.flops = step_flops(config, prefix_length=len(machinery.prefix)).total
+        self.peak = config.logging.peak_tflops or measure_peak_tflops(
+            machinery.platform.device, DTYPES[config.training.dtype]
+        )
+        self.reader: Any = None
+        self.reader_position = self.saved_step = -1
+        self.seconds_per_step = 0.0
+
+    def start(self, found: list[Path]) -> None:
+        """Go on from the newest of the run's checkpoints ``found``, or begin with new or given weights."""
+        if self.first:
+            self.output.mkdir(parents=True, exist_ok=True)
+            for leftover in self.output.glob(".step_*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            write_run_record(self.machinery)
+        if found:
+            self.state = load_run(self.machinery, found[-1])
+            self.saved_step = self.state.step
+            if (self.output / GUARD_FILE).exists():
+                self.guard.state = GuardState.from_dict(json.loads((self.output / GUARD_FILE).read_text()))
+            self.guard.restore(self.state.guard)
+            self._say(f"going on after step {self.state.step} from {found[-1]}")
+        elif self.config.training.init_from:
+            start_from(self.machinery, self._initial_checkpoint())
+        if self.first:
+            self.metrics.begin(self.state.step)
+        if not found and self.config.guard.enabled:
+            self._save()
+
+    def _initial_checkpoint(self) -> Path:
+        folder = Path(self.config.training.init_from)
+        return (list_checkpoints(folder) or [folder])[-1]
+
+    def run(self) -> Summary:
+        """Train until all steps are done or someone asks to leave."""
+        steps, result = self.config.training.steps, None
+        while self.state.step < steps:
+            result, verdict = self._step()
+            leave = result.request == signals.LEAVE
+            if verdict is Verdict.DIVERGED:
+                self._roll_back(result)
+            elif leave or result.request == signals.SAVE or self._save_is_due():
+                self._save()
+            if result.request and self.first:
+                reason = self.requests.reason
+                self.requests.obeyed()
+            if leave:
+                self._say(f"{reason if self.first else ''}: saved step {self.state.step} in "
+                          f"{checkpoint_folder(self.output, self.state.step)}; run the same command to go on")
+                break
+        self.metrics.close()
+        return Summary(step=self.state.step, finished=self.state.step >= steps, loss=result.loss if result else None,
+                       checkpoint=checkpoint_folder(self.output, self.saved_step))
+
+    def _step(self) -> tuple[StepResult, Verdict]:
+        """One optimizer step on the next sequences that are not to be skipped."""
+        config, start = self.config, time.perf_counter()
+        sequences = self.guard.next_sequences(self.state.position, config.training.global_batch)
+        if sequences[0] != self.reader_position:
+            self.reader = build_loader(config, self.dataset, consumed=sequences[0],
+                                       data_rank=self.machinery.data_rank, data_size=self.machinery.data_size)
+        rate = self.guard.lr_factor * learning_rate(
+            self.state.step, config.training.steps, config.optimizer.lr, config.schedule
+        )
+        result = training_step(self.machinery, self.reader, rate, self.requests.pending)
+        verdict = self.guard.observe(result.loss, result.grad_norm, sequences)
+        self.state.step += 1
+        self.state.position = self.reader_position = sequences[1]
+        self._record(result, rate, time.perf_counter() - start)
+        return result, verdict
+
+    def _record(self, result: StepResult, rate: float, seconds: float) -> None:
+        self.seconds_per_step += (seconds - self.seconds_per_step) * (0.1 if self.seconds_per_step else 1.0)
+        if not self.first:
+            return
+        training = self.config.training
+        self.metrics.step({
+            "step": self.state.step,
+            "steps": training.steps,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            "tokens": result.tokens,
+            "sequences": self.state.position,
+            "seconds": seconds,
+            "tokens_per_second": training.global_batch * self.config.data.sequence_length / seconds,
+            "mfu": self.flops / (seconds * self.peak * 1e12 * dist.get_world_size()),
+            "seconds_left": (training.steps - self.state.step) * self.seconds_per_step,
+        })
+
+    def _save_is_due(self) -> bool:
+        return self.state.step % self.config.checkpoint.every == 0 or self.state.step == self.config.training.steps
+
+    def _save(self) -> None:
+        self.state.guard = self.guard.state
+        save_run(self.machinery, self.state, good=not self.guard.pending)
+        self.saved_step = self.state.step
+        if self.first:
+            remove_checkpoints(self.output, self.config.checkpoint.keep)
+
+    def _roll_back(self, result: StepResult) -> None:
+        """Return to the last good checkpoint; skip the sequences since the suspicion arose, at a lower rate."""
+        left, folder = self.state.step, list_checkpoints(self.output, good=True)[-1]
+        skipped = self.guard.roll_back(self.state.position)
+        self.state = load_run(self.machinery, folder)
+        self.guard.restore(self.state.guard)
+        self.saved_step, self.reader_position = self.state.step, -1
+        if not self.first:
+            return
+        for abandoned in list_checkpoints(self.output):
+            if abandoned.name > folder.name:
+                remove_checkpoint(abandoned)
+        with atomic_path(self.output / GUARD_FILE) as path:
+            path.write_text(json.dumps(self.guard.state.to_dict()) + "\n")
+        self.metrics.begin(self.state.step)
+        self.metrics.write({
+            "event": "rollback", "from": left, "to": self.state.step, "loss": result.loss,
+            "grad_norm": result.grad_norm, "skipped": skipped, "lr_factor": self.guard.lr_factor,
+        })
+        self._say(
+            f"step {left} diverged (loss {result.loss:.4g}, grad norm {result.grad_norm:.4g}): back to step "
+            f"{self.state.step}, skipping sequences {skipped[0]}-{skipped[1] - 1}, learning rate x "
+            f"{self.guard.lr_factor:g} (return {self.guard.state.rollbacks} of {self.config.guard.max_rollbacks} allowed)"
+        )
+
+    def _say(self, line: str) -> None:
+        if self.first:
+            say(line)

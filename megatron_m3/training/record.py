@@ -1,0 +1,43 @@
+"""What is written beside a run's results so that it can be understood and repeated: settings and environment."""
+
+import json
+import platform as python_platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+import megatron_m3
+from megatron_m3.config import dump_json
+from megatron_m3.manifest import atomic_path
+from megatron_m3.platform import report
+from megatron_m3.training.setup import Machinery
+
+
+def write_run_record(machinery: Machinery) -> None:
+    """Write ``config.json`` and ``environment.json`` into the run's folder."""
+    output, parallel = Path(machinery.config.training.output), machinery.config.parallel
+    environment = {
+        "command": sys.argv,
+        "megatron-m3": megatron_m3.__version__,
+        "python": python_platform.python_version(),
+        "numpy": np.__version__,
+        **report(),
+        "system": python_platform.platform(),
+        "processes": dist.get_world_size(),
+        "layout": {
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "data": machinery.data_size,
+            "sequence_parallel": parallel.sequence,
+            "distributed_optimizer": parallel.distributed_optimizer,
+            "micro_batches": machinery.num_micro_batches,
+        },
+    }
+    for name, text in (
+        ("config.json", dump_json(machinery.config)),
+        ("environment.json", json.dumps(environment, indent=2) + "\n"),
+    ):
+        with atomic_path(output / name) as path:
+            path.write_text(text)

@@ -1,0 +1,78 @@
+"""A training step is the same, number for number, however the model is laid over processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launcher import run_ranks
+
+TENSOR, PIPELINE = {"parallel.tensor": "2"}, {"parallel.pipeline": "2"}
+SEQUENCE = TENSOR | {"parallel.sequence": "true"}
+SHARDED = {"parallel.distributed_optimizer": "true"}
+RECOMPUTE = {"parallel.recompute": "true"}
+WARMUP = {"training.stage": "warmup"}
+ALL_LAYERS = {"memory.layers": "1,3", "memory.tokens": "all"}
+
+LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
+    1: {
+        "alone": {},
+        "recompute": RECOMPUTE,
+        "two micro-batches": {"training.micro_batch": "2"},
+        "warmup": WARMUP,
+        "memory to the last layer": ALL_LAYERS,
+        "tied": {"model.tie_embeddings": "true"},
+    },
+    2: {
+        "TP2": TENSOR,
+        "PP2": PIPELINE,
+        "DP2": {},
+        "TP2 sequence": SEQUENCE,
+        "TP2 sequence recompute": SEQUENCE | RECOMPUTE,
+        "DP2 distributed optimizer": SHARDED,
+        "PP2 recompute": PIPELINE | RECOMPUTE,
+        "warmup TP2 sequence": WARMUP | SEQUENCE,
+        "warmup PP2": WARMUP | PIPELINE,
+        "memory to the last layer PP2": ALL_LAYERS | PIPELINE,
+        "tied PP2": PIPELINE | {"model.tie_embeddings": "true"},
+    },
+    4: {
+        "TP2xPP2": TENSOR | PIPELINE,
+        "TP2xPP2 sequence": SEQUENCE | PIPELINE,
+        "PP2xDP2 distributed optimizer": PIPELINE | SHARDED,
+        "PP4": {"parallel.pipeline": "4"},
+    },
+}
+CASES = [(ranks, name) for ranks, layouts in LAYOUTS.items() for name in layouts if (ranks, name) != (1, "alone")]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    found = {}
+    for ranks, layouts in LAYOUTS.items():
+        output: Path = tmp_path_factory.mktemp("layouts") / f"{ranks}.json"
+        run_ranks("tests.distributed.layout_ranks", ranks, [str(output), json.dumps(layouts)])
+        found |= json.loads(output.read_text())
+    return found
+
+
+def baseline(name: str) -> str:
+    """The run on one process that a layout must equal."""
+    return next((base for base in ("warmup", "memory to the last layer", "tied") if name.startswith(base)), "alone")
+
+
+@pytest.mark.parametrize(("ranks", "name"), CASES)
+def test_steps_equal_those_of_one_process(results, ranks, name):
+    found, expected = results[name], results[baseline(name)]
+    assert found["initial"] == expected["initial"], "initial weights depend on the layout"
+    for (loss, norm, tokens), (true_loss, true_norm, true_tokens) in zip(found["steps"], expected["steps"], strict=True):
+        assert tokens == true_tokens
+        assert loss == pytest.approx(true_loss, abs=1e-5)
+        assert norm == pytest.approx(true_norm, abs=1e-5)
+
+
+def test_memories_and_stages_make_a_difference(results):
+    first = [results[name]["steps"][0][0] for name in ("alone", "warmup", "memory to the last layer")]
+    assert min(abs(one - other) for one in first for other in first if one != other) > 1e-4
+    assert len(set(first)) == 3
+    assert results["tied"]["initial"] != results["alone"]["initial"]
