@@ -55,6 +55,10 @@ def run(options: Options) -> None:
 def write_tokens(corpus: Corpus, tokenizer: "Tokenizer", folder: Path) -> dict[str, Any]:
     """Write the indexed dataset and the document ids into ``folder``; return the counts."""
     import numpy as np
+
+    from megatron_m3.platform import select
+
+    select()  # before anything of megatron.core is imported
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     from megatron_m3.data.tokens import IDS, PREFIX

@@ -147,11 +147,13 @@ def make_texts(entries: Sequence[Entry], options: Options) -> dict[str, list[dic
     said = sorted((entry for group in stated for entry in group), key=lambda entry: hash_order(entry, "prompt"))
     return {
         "train": [
-            {"id": group[0].id, "text": "\n".join(f"{entry.opening} {entry.gloss}." for entry in group)}
+            {"id": f"document {group[0].id}", "text": "\n".join(f"{entry.opening} {entry.gloss}." for entry in group)}
             for group in stated
             if group
         ],
-        "references": [{"id": group[0].id, "text": text} for group, text in zip(references, texts, strict=True)],
+        "references": [
+            {"id": f"reference {group[0].id}", "text": text} for group, text in zip(references, texts, strict=True)
+        ],
         "heldout": [
             {"id": entry.id, "context": entry.opening, "target": f" {entry.gloss}", "references": [home[entry.id]]}
             for entry in heldout

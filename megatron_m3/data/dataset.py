@@ -152,6 +152,8 @@ class TrainingDataset:
         leaks: dict[int, bool] = {}
         for column in range(ids.shape[1]):
             wanted = valid[:, column] & ~done
+            if not wanted.any():
+                continue
             new = [int(one) for one in np.unique(ids[wanted, column]) if int(one) not in leaks]
             leaks.update(zip(new, exceeds_overlap(tokens, *self.references.tokens(new), self.max_overlap), strict=True))
             for chunk in np.flatnonzero(wanted):

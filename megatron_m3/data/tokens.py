@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 
 from megatron_m3.manifest import Manifest, check_files, check_input, read_manifest
+from megatron_m3.platform import select
 
 KIND, SCHEMA, PREFIX, IDS = "tokens", 1, "tokens", "documents.jsonl"
 
@@ -15,6 +16,7 @@ class TokenStore:
     """Reads documents' token ids, EOS included, memory-mapped."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
+        select()  # before anything of megatron.core is imported
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         self.folder, self.manifest, self.hash = folder, manifest, manifest.hash

@@ -32,7 +32,7 @@ def map_block(path: Path) -> dict[str, np.ndarray]:
         ArtifactError: the file is missing, cut short or not safetensors.
     """
     try:
-        data = np.memmap(path, mode="r", dtype=np.uint8)
+        data = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
         start = 8 + int(data[:8].view("<u8")[0])
         header = json.loads(data[8:start].tobytes())
         return {
