@@ -33,7 +33,7 @@ class Options:
     """Folder to write."""
     embedder: Literal["tfidf", "transformer"] = "tfidf"
     """Kind of embedder."""
-    size: int = 512
+    size: int = 1024
     """tfidf: numbers in a vector."""
     sample: int = 1_000_000
     """tfidf: most references that words are counted in; evenly spaced over all."""

@@ -7,6 +7,7 @@ the entry for 75 % of the texts, against 17 % with an SVD of 256 numbers.
 
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,9 +17,7 @@ from megatron_m3.errors import DataError
 from megatron_m3.manifest import Manifest, atomic_folder, hash_file, write_manifest
 from megatron_m3.retrieval.embedder import KIND, SCHEMA, normalise
 
-FILE = "word_weights.npy"
-NUM_WEIGHTS = 1 << 20
-"""Words share a weight if their hashes agree modulo this."""
+FILE = "words.npy"
 RARITY = 1.5
 """Power of the inverse document frequency: above 1, names in running text outweigh the words around them."""
 NUM_PLACES = 8
@@ -35,7 +34,10 @@ class TfidfEmbedder:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.size: int = manifest.settings["size"]
         self.hash = manifest.hash
-        self.weights = np.load(folder / FILE)
+        words = np.load(folder / FILE)
+        self.words, self.weights = words["hash"].astype(np.int64), words["weight"]
+        self.unseen: float = manifest.settings["unseen"]
+        """Weight of a word that was not counted."""
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of ``texts``, float32 [N, size], of length 1, or 0 for a text without words that references have."""
@@ -44,7 +46,9 @@ class TfidfEmbedder:
 
     def _embed_batch(self, texts: Sequence[str]) -> np.ndarray:
         rows, words, counts = count_words(texts)
-        weights = (1 + np.log(counts)) * self.weights[words % NUM_WEIGHTS]
+        place = np.minimum(np.searchsorted(self.words, words), len(self.words) - 1)
+        rarity = np.where(self.words[place] == words, self.weights[place], self.unseen)
+        weights = (1 + np.log(counts)) * rarity
         places, signs = _places(words, self.size)
         cells = (rows[:, None] * self.size + places).ravel()
         vectors = np.bincount(cells, (weights[:, None] * signs).ravel(), minlength=len(texts) * self.size)
@@ -81,23 +85,29 @@ def train_tfidf(texts: Iterable[str], folder: Path, *, size: int, complete: bool
     Raises:
         DataError: there is no word in any text.
     """
-    num_texts, documents = 0, np.zeros(NUM_WEIGHTS, np.int64)
+    num_texts, documents = 0, Counter[int]()
     for batch in _batches(texts):
         num_texts += len(batch)
-        documents += np.bincount(count_words(batch)[1] % NUM_WEIGHTS, minlength=NUM_WEIGHTS)
-    if not documents.any():
+        documents.update(count_words(batch)[1].tolist())
+    if not documents:
         raise DataError("references: no words in any of them, so nothing to retrieve by; give texts with words")
-    weights = np.log((num_texts + 1) / np.minimum(documents + 0.5, num_texts + 0.5)) ** RARITY
-    if complete:
-        weights[documents == 0] = 0
+    words = np.array(sorted(documents.items()), np.int64)
+    table = np.empty(len(words), [("hash", "<u4"), ("weight", "<f4")])
+    table["hash"], table["weight"] = words[:, 0], _rarity(words[:, 1], num_texts)
     with atomic_folder(folder) as temporary:
-        np.save(temporary / FILE, weights.astype(np.float32))
-        settings = {"kind": "tfidf", "size": size, "rarity": RARITY, "places": NUM_PLACES, "complete": complete}
+        np.save(temporary / FILE, table)
+        unseen = 0.0 if complete else float(_rarity(np.zeros(1), num_texts)[0])
+        settings = {"kind": "tfidf", "size": size, "rarity": RARITY, "places": NUM_PLACES, "unseen": unseen}
         files = {FILE: hash_file(temporary / FILE)}
-        info = {"texts": num_texts}
+        info = {"texts": num_texts, "words": len(table)}
         manifest = Manifest(kind=KIND, schema=SCHEMA, inputs={}, settings=settings, files=files, info=info)
         write_manifest(temporary, manifest)
     return TfidfEmbedder(folder, manifest)
+
+
+def _rarity(documents: np.ndarray, num_texts: int) -> np.ndarray:
+    """Weights of words that so many of ``num_texts`` texts have."""
+    return np.log((num_texts + 1) / np.minimum(documents + 0.5, num_texts + 0.5)) ** RARITY
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

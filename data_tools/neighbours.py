@@ -1,0 +1,222 @@
+"""m3 data neighbours: the references that each 64-token chunk of the corpus retrieves with its own text.
+
+Dropped are references that overlap with the document (eq. 6, the leakage filter) and pieces of the very document, by
+its id; the next nearest take their places. What is still missing is marked so. A killed job goes on from its last
+whole block.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import batched
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from megatron_m3.config import parse
+from megatron_m3.errors import ConfigError, exit_on_user_error
+from megatron_m3.manifest import BlockFolder, Manifest, atomic_path, is_finished, write_manifest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from megatron_m3.data import TokenStore
+    from megatron_m3.retrieval import Retriever
+
+BATCH = 512
+"""Chunks searched at once."""
+REACH = 2048
+"""Tokens before and after a chunk that a reference must not overlap with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the tool."""
+
+    tokens: str
+    """Folder of the tokenized corpus, made by `m3 data tokenize`."""
+    tokenizer: str
+    """Folder of its tokenizer, made by `m3 data tokenizer`."""
+    references: str
+    """Folder of the references, made by `m3 data references`."""
+    index: str
+    """Folder of their index, made by `m3 data index`."""
+    output: str
+    """Folder to write."""
+    neighbours: int = 4
+    """References for each chunk; training reads the first that passes its own filter."""
+    max_overlap: float = 0.9
+    """References that overlap more with the document (2048 tokens around the chunk) are dropped."""
+    chunk_length: int = 64
+    """Tokens in a chunk; memory.chunk_length of the training to come."""
+    documents_per_block: int = 512
+    """Documents in a block file."""
+
+    def __post_init__(self) -> None:
+        for name in ("neighbours", "chunk_length", "documents_per_block"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.max_overlap <= 1:
+            raise ConfigError(f"max_overlap={self.max_overlap}: must be between 0 and 1")
+
+
+class Verdict(NamedTuple):
+    """Why candidates are dropped, bool [M] each."""
+
+    same_document: "np.ndarray"
+    leaks: "np.ndarray"
+
+
+class Corpus:
+    """The chunks of a tokenized corpus, and which references they may have."""
+
+    def __init__(self, tokens: "TokenStore", retriever: "Retriever", chunk_length: int, max_overlap: float) -> None:
+        self.tokens, self.retriever = tokens, retriever
+        self.chunk_length, self.max_overlap = chunk_length, max_overlap
+        self.document_ids = tokens.document_ids()
+
+    def num_chunks(self, document: int) -> int:
+        """Chunks of a document, the last maybe short."""
+        return -(-int(self.tokens.lengths[document]) // self.chunk_length)
+
+    def read(self, document: int, chunk: int, reach: int = 0) -> "np.ndarray":
+        """Tokens of a chunk and of ``reach`` tokens before and after it, as far as the document goes."""
+        import numpy as np
+
+        first = max(0, chunk * self.chunk_length - reach)
+        last = min(int(self.tokens.lengths[document]), (chunk + 1) * self.chunk_length + reach)
+        return np.array(self.tokens.read(document, first, last - first))  # a copy outlives the mapped file
+
+    def judge(self, document: int, chunk: int, ids: "np.ndarray") -> Verdict:
+        """Which of the references ``ids`` [M] are from the chunk's document, or overlap with it too much."""
+        import numpy as np
+
+        from megatron_m3.retrieval import exceeds_overlap
+
+        references, own = self.retriever.references, self.document_ids[document]
+        same = np.array([references.source(int(id))[0] == own for id in ids], bool)
+        around = self.read(document, chunk, REACH)
+        return Verdict(same, exceeds_overlap(around, *references.tokens(ids), self.max_overlap))
+
+    def overlaps(self, document: int, chunk: int, ids: "np.ndarray") -> list[float]:
+        """Overlap of the references ``ids`` [M] with the text around a chunk."""
+        from megatron_m3.retrieval import overlap
+
+        around, (rows, lengths) = self.read(document, chunk, REACH), self.retriever.references.tokens(ids)
+        return [overlap(around, row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+
+def open_corpus(options: Options) -> Corpus:
+    """Open everything that ``options`` name.
+
+    Raises:
+        ArtifactError: something is damaged, or was not made for the others.
+    """
+    from megatron_m3.platform import select
+
+    select()  # before anything of megatron.core is imported
+    from megatron_m3.data import TokenStore
+    from megatron_m3.retrieval import Retriever
+    from megatron_m3.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(options.tokenizer)
+    tokens = TokenStore.open(options.tokens, tokenizer_hash=tokenizer.hash)
+    retriever = Retriever.open(options.index, options.references, tokenizer)
+    return Corpus(tokens, retriever, options.chunk_length, options.max_overlap)
+
+
+def run(options: Options) -> None:
+    """Write the blocks that are missing, then counts and manifest."""
+    from data_tools.documents import show_counts
+    from megatron_m3.data.neighbours import KIND, SCHEMA
+    from megatron_m3.platform.progress import Progress
+
+    corpus, output = open_corpus(options), Path(options.output)
+    tokens, retriever = corpus.tokens, corpus.retriever
+    inputs = {"tokens": tokens.hash, "references": retriever.references.hash, "tokenizer": retriever.tokenizer.hash,
+              "index": retriever.index.hash}
+    names = ("neighbours", "max_overlap", "chunk_length", "documents_per_block")
+    settings = {name: asdict(options)[name] for name in names}
+    if is_finished(output, KIND, SCHEMA, inputs, settings):
+        print(f"{output}: made already")
+        return
+    folder = BlockFolder(output, {"kind": KIND, "schema": SCHEMA, "inputs": inputs, "settings": settings})
+    num_blocks = -(-len(tokens) // options.documents_per_block)
+    with Progress("neighbours", len(tokens), "documents") as progress:
+        for index in range(num_blocks):
+            first = index * options.documents_per_block
+            documents = range(first, min(len(tokens), first + options.documents_per_block))
+            if not folder.done(index):
+                arrays, counts = find_neighbours(corpus, documents, options.neighbours)
+                folder.write(index, arrays, counts)
+            progress.advance(len(documents))
+    totals = dict(sum((Counter(info) for info in folder.info(num_blocks)), Counter(dict.fromkeys(COUNTS, 0))))
+    totals = {name: totals.get(name, 0) for name in COUNTS}
+    with atomic_path(output / "counts.json") as path:
+        path.write_text(json.dumps(totals, indent=1) + "\n")
+    files = folder.files(num_blocks)
+    manifest = Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files=files, info=totals)
+    write_manifest(output, manifest)
+    show_counts("neighbours", totals)
+    print(output)
+
+
+COUNTS = ("chunks", "searched", "found", "missing", "dropped by filter", "dropped same document")
+
+
+def find_neighbours(corpus: Corpus, documents: range, k: int) -> tuple[dict[str, "np.ndarray"], dict[str, int]]:
+    """The arrays of a block (see ``megatron_m3/data/neighbours.py``) for ``documents``, and its counts."""
+    import numpy as np
+
+    offsets = np.cumsum([0, *map(corpus.num_chunks, documents)], dtype=np.int64)
+    parts, counts = [], Counter(dict.fromkeys(COUNTS, 0))
+    for places in batched(chunk_places(corpus, documents), BATCH):
+        parts.append(find_batch(corpus, places, k, counts))
+    names = ("ids", "valid", "scores", "overlaps")
+    arrays = {name: np.concatenate(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+    return {"chunk_offsets": offsets} | arrays, dict(counts)
+
+
+def chunk_places(corpus: Corpus, documents: range) -> Iterator[tuple[int, int]]:
+    """Document and number of every chunk."""
+    for document in documents:
+        for chunk in range(corpus.num_chunks(document)):
+            yield document, chunk
+
+
+def find_batch(
+    corpus: Corpus, places: Sequence[tuple[int, int]], k: int, counts: Counter[str]
+) -> tuple["np.ndarray", "np.ndarray", "np.ndarray", "np.ndarray"]:
+    """Ids, validity, scores and overlaps, [chunks, k] each, of the chunks at ``places``; adds to ``counts``."""
+    import numpy as np
+
+    dropped: dict[int, tuple[int, int]] = {}
+
+    def drop(row: int, ids: np.ndarray) -> np.ndarray:
+        verdict = corpus.judge(*places[row], ids)
+        keep = ~(verdict.same_document | verdict.leaks)
+        seen = slice(int(np.flatnonzero(keep)[k - 1]) if keep.sum() >= k else None)
+        same = verdict.same_document[seen]
+        dropped[row] = int(same.sum()), int((verdict.leaks[seen] & ~same).sum())
+        return ~keep
+
+    vectors = corpus.retriever.embed([corpus.read(*place).tolist() for place in places])
+    scores, ids, valid = corpus.retriever.index.search_filtered(vectors, k, drop)
+    overlaps = np.zeros((len(places), k), np.float32)
+    for row, place in enumerate(places):
+        overlaps[row, valid[row]] = corpus.overlaps(*place, ids[row, valid[row]])
+    counts.update({
+        "chunks": len(places), "searched": int(vectors.any(axis=1).sum()), "found": int(valid.sum()),
+        "missing": int((~valid).sum()), "dropped same document": sum(same for same, _ in dropped.values()),
+        "dropped by filter": sum(leaks for _, leaks in dropped.values()),
+    })
+    return ids, valid, scores, overlaps
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of ``m3 data neighbours``."""
+    run(parse(Options, argv, "m3 data neighbours", __doc__ or ""))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
