@@ -69,9 +69,13 @@ class BlockFolder:
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps({"key": key, "job": dict(job)}, indent=1, sort_keys=True) + "\n")
 
+    def name(self, index: int) -> str:
+        """File name of block ``index``."""
+        return block_name(index)
+
     def done(self, index: int) -> bool:
         """Whether block ``index`` is there, whole (its size is the recorded one)."""
-        path = self.folder / block_name(index)
+        path = self.folder / self.name(index)
         record = path.with_suffix(".json")
         return record.exists() and path.exists() and json.loads(record.read_text())["bytes"] == path.stat().st_size
 
@@ -81,9 +85,13 @@ class BlockFolder:
 
     def write(self, index: int, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any] | None = None) -> None:
         """Write block ``index`` atomically: the arrays, then its record."""
-        path = self.folder / block_name(index)
+        self.write_bytes(index, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}), info)
+
+    def write_bytes(self, index: int, data: bytes, info: Mapping[str, Any] | None = None) -> None:
+        """Write block ``index`` atomically as the bytes ``data``, then its record."""
+        path = self.folder / self.name(index)
         with atomic_path(path) as temporary:
-            temporary.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+            temporary.write_bytes(data)
         record = hash_file(path) | {"info": dict(info or {})}
         with atomic_path(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(record, sort_keys=True) + "\n")
@@ -94,13 +102,13 @@ class BlockFolder:
 
     def read_info(self, index: int) -> dict[str, Any]:
         """The ``info`` of one block."""
-        info: dict[str, Any] = json.loads((self.folder / block_name(index)).with_suffix(".json").read_text())["info"]
+        info: dict[str, Any] = json.loads((self.folder / self.name(index)).with_suffix(".json").read_text())["info"]
         return info
 
     def files(self, num_blocks: int) -> dict[str, dict[str, Any]]:
         """The ``files`` entry of the finished artifact's manifest."""
         result = {}
         for index in range(num_blocks):
-            record = json.loads((self.folder / block_name(index)).with_suffix(".json").read_text())
-            result[block_name(index)] = {"bytes": record["bytes"], "sha256": record["sha256"]}
+            record = json.loads((self.folder / self.name(index)).with_suffix(".json").read_text())
+            result[self.name(index)] = {"bytes": record["bytes"], "sha256": record["sha256"]}
         return result

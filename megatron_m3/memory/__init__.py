@@ -1,0 +1,20 @@
+"""Explicit memory: encoding, codec, the bank on disk, the cache in RAM, and sources that serve memories by id."""
+
+from megatron_m3.memory.bank import MemoryBank
+from megatron_m3.memory.cache import MemoryCache
+from megatron_m3.memory.codec import Codec, train_codec
+from megatron_m3.memory.encode import encode_references
+from megatron_m3.memory.sources import ColdSource, MemorySource, WarmSource
+from megatron_m3.memory.types import ExplicitMemories
+
+__all__ = [
+    "Codec",
+    "ColdSource",
+    "ExplicitMemories",
+    "MemoryBank",
+    "MemoryCache",
+    "MemorySource",
+    "WarmSource",
+    "encode_references",
+    "train_codec",
+]

@@ -1,0 +1,188 @@
+"""The memory bank: the explicit memories of all references on disk, read by id (architecture: bank record).
+
+A folder with ``shard_NNNNNN.bin`` (``block_size`` records each, see :mod:`megatron_m3.memory.record`), ``codec/`` and a
+manifest that names the model, the tokenizer and the references by hash. Reference ``id`` is record ``id % block_size``
+of shard ``id // block_size``.
+"""
+
+import functools
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from megatron_m3.config import Config
+from megatron_m3.errors import ArtifactError, ConfigError, DataError
+from megatron_m3.manifest import BlockFolder, Manifest, check_files, check_input, read_manifest
+from megatron_m3.memory.codec import Codec
+from megatron_m3.memory.record import RecordLayout
+from megatron_m3.memory.types import ExplicitMemories
+
+KIND, SCHEMA = "bank", 1
+CODEC = "codec"
+OPEN_SHARDS = 256
+"""Most shards open at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankSettings:
+    """What shaped a bank; the settings of its manifest."""
+
+    num_references: int
+    block_size: int
+    """References in a shard; the last may have fewer."""
+    memory_layers: tuple[int, ...]
+    num_kept_tokens: int
+    selection: str
+    prefix: str
+    reference_length: int
+    """Positions that a reference takes up."""
+    num_kv_heads: int
+    head_size: int
+    codec: str
+    """none, or the codec's FAISS factory string."""
+    code_bytes: int
+
+    @property
+    def record(self) -> RecordLayout:
+        """Layout of a record."""
+        return RecordLayout(num_heads=self.num_kv_heads, num_layers=len(self.memory_layers),
+                            num_kept_tokens=self.num_kept_tokens, code_bytes=self.code_bytes)
+
+    @property
+    def num_blocks(self) -> int:
+        """Shards of the bank."""
+        return -(-self.num_references // self.block_size)
+
+    def block(self, index: int) -> range:
+        """Reference ids of one shard."""
+        return range(index * self.block_size, min((index + 1) * self.block_size, self.num_references))
+
+
+class ShardFolder(BlockFolder):
+    """The shards of a bank that is being written."""
+
+    def name(self, index: int) -> str:
+        """File name of shard ``index``."""
+        return shard_name(index)
+
+
+def shard_name(index: int) -> str:
+    """File name of shard ``index``."""
+    return f"shard_{index:06d}.bin"
+
+
+class MemoryBank:
+    """Reads explicit memories by reference id; ids run from 0 to ``len(bank) - 1``. Never writes."""
+
+    def __init__(self, folder: Path, manifest: Manifest, settings: BankSettings, codec: Codec) -> None:
+        self.folder, self.manifest, self.settings, self.codec = folder, manifest, settings, codec
+        self.hash, self.record = manifest.hash, settings.record
+        self.codec_name, self.record_bytes = settings.codec, settings.record.record_bytes
+        self._shard = functools.lru_cache(OPEN_SHARDS)(lambda index: _Shard(self.folder / shard_name(index)))
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, *, weights_hash: str | None = None, tokenizer_hash: str | None = None,
+        check: bool = False,
+    ) -> Self:
+        """Open a finished bank; ``check`` verifies every checksum, else only the sizes of files.
+
+        Raises:
+            ArtifactError: not a bank, a damaged one, or one of another model or tokenizer.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder, KIND, SCHEMA)
+        for role, actual in (("checkpoint", weights_hash), ("tokenizer", tokenizer_hash)):
+            if actual is not None:
+                check_input(folder, manifest, role, actual)
+        check_files(folder, manifest, checksums=check)
+        codec, codec_hash = Codec.load(folder / CODEC)
+        check_input(folder, manifest, "codec", codec_hash)
+        fields: dict[str, Any] = manifest.settings | {"memory_layers": tuple(manifest.settings["memory_layers"])}
+        return cls(folder, manifest, BankSettings(**fields), codec)
+
+    def __len__(self) -> int:
+        return self.settings.num_references
+
+    def configure(self, config: Config) -> Config:
+        """``config`` with the memory layers, kept tokens and selection rule of this bank.
+
+        Raises:
+            ConfigError: the bank was written with another prefix or reference length.
+        """
+        settings, memory = self.settings, config.memory
+        for name in ("prefix", "reference_length"):
+            if getattr(memory, name) != getattr(settings, name):
+                raise ConfigError(f"memory.{name}={getattr(memory, name)}: the bank {self.folder} was written with "
+                                  f"{getattr(settings, name)}; use that or build the bank again")
+        layers = ",".join(map(str, settings.memory_layers))
+        selection: Any = settings.selection
+        return replace(config, memory=replace(memory, layers=layers, tokens=str(settings.num_kept_tokens),
+                                              selection=selection))
+
+    def read(self, ids: np.ndarray | Sequence[int], *, kv_heads: slice = slice(None)) -> ExplicitMemories:
+        """The memories of ``ids``, in any order and with repeats, decoded; with ``kv_heads`` only those heads.
+
+        Every record is one positional read (two for a part of the heads), checked against its checksum.
+
+        Raises:
+            DataError: an id that the bank does not have.
+            ArtifactError: a record that is damaged.
+        """
+        ids = np.asarray(ids, np.int64)
+        if ids.size and not (ids.min() >= 0 and ids.max() < len(self)):
+            wrong = int(ids[(ids < 0) | (ids >= len(self))][0])
+            raise DataError(f"{self.folder}: reference {wrong} is not in 0-{len(self) - 1}")
+        first, last, step = kv_heads.indices(self.settings.num_kv_heads)
+        assert step == 1, "heads are a contiguous slice"
+        codes, tail = self._read_bytes(ids, first, max(first, last))
+        damaged = self.record.damaged_rows(codes, tail, kv_heads)
+        if damaged:
+            id = int(ids[damaged[0]])
+            path = self.folder / shard_name(id // self.settings.block_size)
+            raise ArtifactError(f"{path}: the record of reference {id} is damaged; remove the file and run "
+                                "`m3 bank build` again")
+        codes_NLXGKB, positions, num_kept = self.record.unpack(codes, tail, kv_heads)
+        return ExplicitMemories(kv=self.codec.decode(codes_NLXGKB, num_kept), positions=positions, num_kept=num_kept)
+
+    def _read_bytes(self, ids: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Codes of heads first..last-1 and the tail of each record."""
+        record = self.record
+        codes = np.empty((len(ids), (last - first) * record.head_bytes), np.uint8)
+        tail = np.empty((len(ids), record.tail_bytes), np.uint8)
+        is_whole = codes.shape[1] == record.codes_bytes
+        for row, id in enumerate(ids.tolist()):
+            shard = self._shard(id // self.settings.block_size)
+            offset = id % self.settings.block_size * record.record_bytes
+            if is_whole:
+                shard.read([codes[row], tail[row]], offset)
+            else:
+                shard.read([codes[row]], offset + first * record.head_bytes)
+                shard.read([tail[row]], offset + record.codes_bytes)
+        return codes, tail
+
+
+class _Shard:
+    """One open shard."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise ArtifactError(f"{path}: {error.strerror}; build the bank again") from None
+
+    def read(self, buffers: list[np.ndarray], offset: int) -> None:
+        """Fill ``buffers`` from ``offset`` on."""
+        wanted = sum(map(operator.attrgetter("nbytes"), buffers))
+        if os.preadv(self.descriptor, buffers, offset) != wanted:
+            raise ArtifactError(f"{self.path}: cut short; remove it and run `m3 bank build` again")
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)

@@ -1,0 +1,127 @@
+"""Writing explicit memories: a causal pass over ``[prefix | reference]`` keeps the most attended tokens (3.2, 3.3).
+
+Letters: N references, T tokens (P of them prefix), L memory layers, X key or value, H query heads, G key-value heads
+(both the local tensor-parallel shard), K kept tokens, D head size, S sequence, B batch, E hidden.
+"""
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_m3.config import Config
+from megatron_m3.memory.types import ExplicitMemories
+from megatron_m3.model.checkpoint import LoadedModel
+from megatron_m3.model.rope import Rope, rotate
+from megatron_m3.ops.memory_attention import get_backend
+from megatron_m3.ops.select_tokens import select_tokens
+
+BATCH_TOKENS = 8192
+
+
+def encode_references(
+    loaded: LoadedModel, tokens_NT: Tensor | np.ndarray, lengths_N: Tensor | np.ndarray, *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> ExplicitMemories:
+    """Explicit memories of references, each encoded alone behind the prefix, with the config's memory settings.
+
+    References are taken in order of length, so that little is padded; padding stands behind a reference and never
+    reaches it. The result is whole (all key-value heads) on every tensor-parallel rank.
+
+    Args:
+        loaded: the model; memory layers, kept tokens and selection rule are those of its config.
+        tokens_NT: token ids, padded on the right with anything.
+        lengths_N: tokens of each reference.
+        batch_tokens: most tokens, padding included, in one pass (at least one reference is).
+
+    Returns:
+        The memories in the order given; the same inputs give the same bits.
+    """
+    tokens_NT, lengths_N = torch.as_tensor(tokens_NT).long(), torch.as_tensor(lengths_N).long()
+    order = torch.argsort(lengths_N, stable=True)
+    parts: list[ExplicitMemories] = []
+    first = len(order)
+    while first > 0:
+        longest = max(1, int(lengths_N[order[first - 1]]))
+        count = max(1, batch_tokens // (len(loaded.prefix_ids) + longest))
+        rows = order[max(0, first - count) : first]
+        parts.insert(0, _encode_batch(loaded, tokens_NT[rows, :longest], lengths_N[rows]))
+        first -= len(rows)
+    if not parts:
+        model, memory = loaded.config.model, loaded.config.memory
+        layers = len(loaded.config.memory_layers)
+        return ExplicitMemories.empty(layers, model.num_kv_heads, memory.num_kept_tokens, model.head_size)
+    return ExplicitMemories.concatenate(parts)[torch.argsort(order)]
+
+
+@torch.no_grad()
+def _encode_batch(loaded: LoadedModel, tokens_NT: Tensor, lengths_N: Tensor) -> ExplicitMemories:
+    """One pass; nothing above the queries, keys and values of the last memory layer is computed."""
+    model, device = loaded.model, next(loaded.model.parameters()).device
+    prefix_P = torch.tensor(loaded.prefix_ids)
+    whole_NT = torch.cat([prefix_P.expand(len(tokens_NT), -1), tokens_NT], 1).to(device)
+    plan = EncodePlan(loaded.config, len(prefix_P), lengths_N.to(device))
+    last = loaded.config.memory_layers[-1]
+    hidden_SBE = model.embedding(whole_NT, None)
+    for layer in model.decoder.layers[:last]:
+        hidden_SBE, _ = layer(hidden_SBE, attention_mask=None, attention_bias=plan)
+    top = model.decoder.layers[last]
+    plan.keep(*top.self_attention.get_query_key_value_tensors(top.input_layernorm(hidden_SBE))[:3])
+    return plan.memories()
+
+
+class EncodePlan:
+    """Attention of an encoding pass: causal over ``[prefix | reference]``, and memory layers keep their tokens."""
+
+    def __init__(self, config: Config, prefix_length: int, lengths_N: Tensor) -> None:
+        self.config, self.prefix_length, self.lengths_N = config, prefix_length, lengths_N
+        self.rope = Rope(config.model.head_size, config.model.rope_theta)
+        self.backend = get_backend(config.model.attention)
+        self.kv: list[Tensor] = []
+        self.positions: list[Tensor] = []
+
+    def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
+        """See :class:`megatron_m3.model.attention.AttentionPlan`."""
+        if layer in self.config.memory_layers:
+            self.keep(query_SBHD, key_SBGD, value_SBGD)
+        query, key = (self._rotate(part).transpose(0, 1) for part in (query_SBHD, key_SBGD))
+        return self.backend.causal_attention(query, key, value_SBGD.transpose(0, 1)).transpose(0, 1)
+
+    def _rotate(self, part_SBHD: Tensor) -> Tensor:
+        positions_S1 = torch.arange(len(part_SBHD), device=part_SBHD.device)[:, None]
+        return rotate(part_SBHD, self.rope.table(positions_S1, part_SBHD.dtype))
+
+    def keep(self, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> None:
+        """Select by queries and keys before RoPE, prefix excluded; keep keys after RoPE and values."""
+        memory = self.config.memory
+        rotated_SBGD = self._rotate(key_SBGD)
+        query_NTHD, key_NTGD, rotated_NTGD, value_NTGD = (
+            part[self.prefix_length :].transpose(0, 1) for part in (query_SBHD, key_SBGD, rotated_SBGD, value_SBGD)
+        )
+        indices_NGK, valid_NK = select_tokens(
+            query_NTHD, key_NTGD, self.lengths_N, memory.num_kept_tokens, memory.selection
+        )
+        index_NGKD = indices_NGK[..., None].expand(-1, -1, -1, key_NTGD.shape[-1])
+        kv_NXGKD = torch.stack([part.transpose(1, 2).gather(2, index_NGKD) for part in (rotated_NTGD, value_NTGD)], 1)
+        kv_NXGKD = kv_NXGKD.float().masked_fill(~valid_NK[:, None, None, :, None], 0)
+        missing = memory.num_kept_tokens - valid_NK.shape[1]
+        self.kv.append(torch.nn.functional.pad(kv_NXGKD, (0, 0, 0, missing)))
+        self.positions.append(torch.nn.functional.pad(indices_NGK.int(), (0, missing)))
+
+    def memories(self) -> ExplicitMemories:
+        """What was kept, gathered over the tensor-parallel ranks, on the CPU."""
+        return ExplicitMemories(
+            kv=_gather_heads(torch.stack(self.kv, 1), 3).cpu(),
+            positions=_gather_heads(torch.stack(self.positions, 1), 2).to(torch.int16).cpu(),
+            num_kept=self.lengths_N.clamp(max=self.config.memory.num_kept_tokens).int().cpu(),
+        )
+
+
+def _gather_heads(local: Tensor, dim: int) -> Tensor:
+    """The heads of all tensor-parallel ranks along ``dim``."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts, dim)

@@ -1,0 +1,62 @@
+"""Explicit memories as numbers in RAM.
+
+Letters: N references, L memory layers, X key or value (0 is the key), G key-value heads, K kept tokens, D head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplicitMemories:
+    """Explicit memories of N references, on the CPU."""
+
+    kv: Tensor
+    """float32 [N, L, 2, G, K, D]: keys after RoPE and values of the kept tokens; 0 where there is no kept token."""
+    positions: Tensor
+    """int16 [N, L, G, K]: place of each kept token in its reference, ascending; 0 where there is none."""
+    num_kept: Tensor
+    """int32 [N]: tokens kept of each reference; the slots from there on hold nothing and are never read."""
+
+    def __len__(self) -> int:
+        return len(self.num_kept)
+
+    def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> "ExplicitMemories":
+        """The memories of some rows."""
+        return ExplicitMemories(kv=self.kv[rows], positions=self.positions[rows], num_kept=self.num_kept[rows])
+
+    def kept_positions(self, row: int) -> np.ndarray:
+        """Places of the kept tokens in the reference of ``row``, int16 [L, G, kept]."""
+        return self.positions[row, :, :, : int(self.num_kept[row])].numpy()
+
+    def valid_slots(self) -> Tensor:
+        """Which slots hold a kept token, bool [N, K]."""
+        return torch.arange(self.kv.shape[4]) < self.num_kept[:, None]
+
+    def vectors(self, part: int) -> np.ndarray:
+        """All kept keys (``part`` 0) or values (1), float32 [vectors, D], by reference, layer, head, token."""
+        valid_NLGK = self.valid_slots()[:, None, None, :].expand(self.positions.shape)
+        return self.kv[:, :, part][valid_NLGK].numpy()
+
+    @staticmethod
+    def concatenate(parts: Sequence["ExplicitMemories"]) -> "ExplicitMemories":
+        """The memories of all ``parts``, in order."""
+        return ExplicitMemories(
+            kv=torch.cat([part.kv for part in parts]),
+            positions=torch.cat([part.positions for part in parts]),
+            num_kept=torch.cat([part.num_kept for part in parts]),
+        )
+
+    @staticmethod
+    def empty(num_layers: int, num_heads: int, num_kept_tokens: int, head_size: int) -> "ExplicitMemories":
+        """No memories, of a given shape."""
+        shape = (0, num_layers, num_heads, num_kept_tokens)
+        return ExplicitMemories(
+            kv=torch.zeros(0, num_layers, 2, num_heads, num_kept_tokens, head_size),
+            positions=torch.zeros(shape, dtype=torch.int16),
+            num_kept=torch.zeros(0, dtype=torch.int32),
+        )

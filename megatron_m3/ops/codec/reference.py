@@ -1,0 +1,142 @@
+"""Vector codecs: plain numbers, or any FAISS standalone codec given by its factory string (section 3.3, appendix B)."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+import torch
+
+from megatron_m3.errors import ArtifactError, ConfigError
+
+POINTS_PER_CENTROID = 39
+"""FAISS's own floor for clustering."""
+
+
+class VectorCodec(Protocol):
+    """Encodes float32 vectors [N, D] as uint8 [N, code_bytes] and decodes them."""
+
+    code_bytes: int
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Codes of vectors."""
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Vectors, float32, that codes stand for."""
+
+
+class RawVectors:
+    """The numbers themselves, as fp32 or bf16."""
+
+    def __init__(self, head_size: int, dtype: Literal["fp32", "bf16"]) -> None:
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        self.code_bytes = head_size * self.dtype.itemsize
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Codes of vectors; bf16 rounds to nearest."""
+        return torch.from_numpy(np.ascontiguousarray(vectors)).to(self.dtype).view(torch.uint8).numpy()
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """The numbers as float32."""
+        return torch.from_numpy(np.ascontiguousarray(codes)).view(self.dtype).float().numpy()
+
+
+class FaissVectors:
+    """A trained FAISS index used as a codec: ``sa_encode`` and ``sa_decode``."""
+
+    def __init__(self, index: Any) -> None:
+        self.index, self.code_bytes = index, int(index.sa_code_size())
+
+    @classmethod
+    def train(cls, factory: str, vectors: np.ndarray) -> Self:
+        """Train on float32 vectors [N, D]; one thread, since FAISS's sums depend on the number of threads.
+
+        Raises:
+            ConfigError: no such construction for this head size, or one that needs more vectors.
+        """
+        index = make_index(factory, vectors.shape[1])
+        if len(vectors) < vectors_needed(factory):
+            raise ConfigError(f"codec={factory}: needs {vectors_needed(factory):,} vectors, there are {len(vectors):,}")
+        with _one_thread():
+            index.train(np.ascontiguousarray(vectors, np.float32))
+        return cls(index)
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Codes of vectors."""
+        return self.index.sa_encode(np.ascontiguousarray(vectors, np.float32))
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Vectors that codes stand for."""
+        return self.index.sa_decode(np.ascontiguousarray(codes))
+
+    def to_bytes(self) -> bytes:
+        """The trained index, as FAISS stores it."""
+        import faiss
+
+        return bytes(faiss.serialize_index(self.index))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """A codec from :meth:`to_bytes`.
+
+        Raises:
+            ArtifactError: the bytes are not a FAISS index.
+        """
+        import faiss
+
+        try:
+            return cls(faiss.deserialize_index(np.frombuffer(data, np.uint8)))
+        except RuntimeError:
+            raise ArtifactError("not a FAISS codec; build the bank again") from None
+
+
+def make_index(factory: str, head_size: int) -> Any:
+    """An untrained FAISS index for vectors of ``head_size`` numbers.
+
+    Raises:
+        ConfigError: no such construction, none for this size, or one that is not a standalone codec.
+    """
+    import faiss
+
+    try:
+        index = faiss.index_factory(head_size, factory)
+        index.sa_code_size()
+    except RuntimeError as error:
+        reason = re.sub(r"\s+", " ", str(error)).split("Error: ")[-1].strip()
+        raise ConfigError(
+            f"codec={factory}: FAISS makes no standalone codec of it for head size {head_size} ({reason[:120]}); give "
+            "auto, none, or another factory string"
+        ) from None
+    whole: Any = index
+    inner = faiss.downcast_index(whole.index if hasattr(whole, "chain") else whole)
+    if hasattr(inner, "do_polysemous_training"):
+        # reorders centroids for search by Hamming distance: minutes of work that decoding has no use for
+        inner.do_polysemous_training = False
+    return index
+
+
+def vectors_needed(factory: str) -> int:
+    """Fewest training vectors for a factory string: 39 for each centroid of its largest codebook."""
+    centroids = 1
+    for part in factory.split(","):
+        name, numbers = re.match(r"([A-Za-z]*)([\dx]*)", part).groups()  # type: ignore[union-attr]
+        if name.startswith("IVF"):
+            centroids = max(centroids, int(numbers or 1))
+        elif name.endswith(("PQ", "RQ", "LSQ", "Residual")):
+            # OPQ trains a product quantizer of 8 bits; others say their bits after the last x
+            bits = 8 if name == "OPQ" or "x" not in numbers else int(numbers.split("x")[-1])
+            centroids = max(centroids, 2**bits)
+    return POINTS_PER_CENTROID * centroids if centroids > 1 else 1
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
