@@ -23,8 +23,6 @@ from megatron_m3.manifest import Manifest, atomic_folder, hash_file, is_finished
 
 KIND, SCHEMA = "texts", 1
 CORPUS = Path(__file__).parent.parent / "corpus" / "wordnet"
-LONGEST_GLOSS = 160
-"""Characters; the 4 % of entries with longer ones are left out, so that every reference holds several entries."""
 SHORTEST_HELDOUT = 20
 """Characters; shorter glosses say too little to be scored."""
 NUM_PROMPTS = 4
@@ -45,12 +43,14 @@ class Options:
     """About how many entries only the knowledge base holds."""
     document_entries: int = 24
     """Entries in a training document."""
+    longest_gloss: int = 160
+    """Characters; entries with longer ones (at 160 these are 4 %) are left out."""
     reference_characters: int = 360
-    """Most characters in a reference; 360 keep all but a few per thousand below 128 tokens."""
+    """Most characters in a reference, at least 2 longest glosses; 360 keep nearly all below 128 tokens."""
 
     def __post_init__(self) -> None:
         for name, least in (("train_entries", 0), ("heldout", 0), ("other_entries", 0), ("document_entries", 1),
-                            ("reference_characters", 2 * LONGEST_GLOSS)):
+                            ("longest_gloss", SHORTEST_HELDOUT), ("reference_characters", 2 * self.longest_gloss)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
 
@@ -74,8 +74,8 @@ class Entry(NamedTuple):
         return f"The word {self.word} means"
 
 
-def load_entries(folder: Path) -> list[Entry]:
-    """The entries of the corpus whose gloss is not too long, in its order.
+def load_entries(folder: Path, longest_gloss: int) -> list[Entry]:
+    """The entries of the corpus whose gloss has at most ``longest_gloss`` characters, in its order.
 
     Raises:
         DataError: the file is missing or not what the project ships.
@@ -87,7 +87,7 @@ def load_entries(folder: Path) -> list[Entry]:
         entries = [Entry(row["id"], row["words"][0], row["gloss"], row["category"]) for row in rows]
     except (OSError, EOFError, ValueError, KeyError) as error:
         raise DataError(f"{path}: not the WordNet corpus ({error}); get it again from the project") from None
-    return [entry for entry in entries if len(entry.gloss) <= LONGEST_GLOSS]
+    return [entry for entry in entries if len(entry.gloss) <= longest_gloss]
 
 
 def hash_order(entry: Entry, key: str = "") -> bytes:
@@ -172,7 +172,7 @@ def run(options: Options, corpus: Path = CORPUS) -> None:
     if is_finished(output, KIND, SCHEMA, inputs, settings):
         print(f"{output}: made already")
         return
-    texts = make_texts(load_entries(corpus), options)
+    texts = make_texts(load_entries(corpus, options.longest_gloss), options)
     counts = {f"{name} lines": len(lines) for name, lines in texts.items()}
     with atomic_folder(output) as folder:
         for name, lines in texts.items():

@@ -78,7 +78,7 @@ def training(options: Options, run: Path, stage: str, steps: int, *more: str | P
                "-m", "launch.pretrain", "--recipe", "demo", "--training.stage", stage, "--training.steps", str(steps),
                "--training.output", str(run / stage), "--data.tokens", str(run / "tokens"),
                "--data.tokenizer", str(run / "tokenizer"), "--parallel.tensor", str(options.tensor),
-               "--parallel.pipeline", str(options.pipeline), "--logging.every", "10", *map(str, more)]
+               "--parallel.pipeline", str(options.pipeline), *map(str, more)]
     return Step(f"{stage} stage, {ranks} processes", command)
 
 
@@ -88,7 +88,8 @@ def steps(options: Options, run: Path) -> list[Step]:
     references, index, bank = run / "references", run / "index", run / "bank"
     return [
         Step("texts", tool("data", "wordnet", "--output", texts, "--train-entries", str(options.train_entries),
-                           "--other-entries", str(options.other_entries), "--heldout", str(options.heldout))),
+                           "--other-entries", str(options.other_entries), "--heldout", str(options.heldout),
+                           "--longest-gloss", "90", "--reference-characters", "180")),
         Step("tokenizer", tool("data", "tokenizer", "--input", texts / "train.jsonl", "--vocab-size", "4096",
                                "--output", tokenizer)),
         Step("training tokens", tool("data", "tokenize", "--input", texts / "train.jsonl", "--tokenizer", tokenizer,
@@ -99,14 +100,14 @@ def steps(options: Options, run: Path) -> list[Step]:
         Step("index", tool("data", "index", "--references", references, "--embeddings", run / "embeddings",
                            "--output", index)),
         Step("neighbours", tool("data", "neighbours", "--tokens", run / "tokens", "--references", references,
-                                "--index", index, "--tokenizer", tokenizer, "--output", run / "neighbours")),
+                                "--tokenizer", tokenizer, "--index", index, "--output", run / "neighbours")),
         training(options, run, "warmup", options.warmup_steps),
         training(options, run, "continual", options.continual_steps, "--training.init-from", run / "warmup",
                  "--data.references", references, "--data.neighbours", run / "neighbours"),
         Step(f"memory bank, {options.bank_ranks} MPI processes",
              [str(Path(sys.executable).with_name("mpiexec")), "-n", str(options.bank_ranks),
               *tool("bank", "build", "--checkpoint", checkpoint, "--references", references, "--output", bank,
-                    "--codec", options.codec)]),
+                    "--codec", options.codec, "--codec-vectors", "60000")]),
         Step("generation with recall",
              tool("generate", "--checkpoint", checkpoint, "--bank", bank, "--references", references, "--index", index,
                   "--input", texts / "prompts.jsonl", "--max-new-tokens", "96")),

@@ -3,12 +3,15 @@
 from collections.abc import Callable
 
 from megatron_m3.config.schema import (
+    CheckpointConfig,
     Config,
     DataConfig,
+    LoggingConfig,
     MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    ScheduleConfig,
     TrainingConfig,
 )
 from megatron_m3.errors import ConfigError
@@ -69,12 +72,14 @@ def tiny() -> Config:
 
 @recipe
 def demo() -> Config:
-    """A small model that learns WordNet glosses on two processor cores in minutes."""
+    """A model of a million parameters that learns WordNet glosses on two processor cores in minutes."""
     return Config(
-        model=ModelConfig(num_layers=6, num_heads=8, num_kv_heads=2, head_size=32, hidden_size=256, ffn_size=512,
-                          vocab_size=8192),
-        memory=MemoryConfig(),
+        model=ModelConfig(num_layers=4, num_heads=4, num_kv_heads=2, head_size=32, hidden_size=128, ffn_size=256,
+                          vocab_size=4096, tie_embeddings=True),
         data=DataConfig(sequence_length=512),
-        optimizer=OptimizerConfig(lr=2e-3),
-        training=TrainingConfig(steps=300, global_batch=8, micro_batch=4, dtype="fp32"),
+        optimizer=OptimizerConfig(lr=4e-3),
+        schedule=ScheduleConfig(warmup_fraction=0.05),
+        training=TrainingConfig(steps=300, global_batch=8, micro_batch=8, dtype="fp32"),
+        checkpoint=CheckpointConfig(every=100),
+        logging=LoggingConfig(every=10),
     )
