@@ -13,9 +13,27 @@ def build_knowledge(folder: Path, tokenizer: Path, *, count: int, words: int, re
     lines = [json.dumps({"id": str(seed), "text": sentence(1000 + seed, words)}) for seed in range(count)]
     (folder / "texts.jsonl").write_text("\n".join(lines))
     paths = {name: folder / name for name in ("references", "embeddings", "index")}
-    references.main(["--input", str(folder / "texts.jsonl"), "--tokenizer", str(tokenizer), "--output",
-                     str(paths["references"]), "--reference-length", str(reference_length)])
+    references.main(
+        [
+            "--input",
+            str(folder / "texts.jsonl"),
+            "--tokenizer",
+            str(tokenizer),
+            "--output",
+            str(paths["references"]),
+            "--reference-length",
+            str(reference_length),
+        ]
+    )
     embed.main(["--references", str(paths["references"]), "--output", str(paths["embeddings"])])
-    index.main(["--references", str(paths["references"]), "--embeddings", str(paths["embeddings"]),
-                "--output", str(paths["index"])])
+    index.main(
+        [
+            "--references",
+            str(paths["references"]),
+            "--embeddings",
+            str(paths["embeddings"]),
+            "--output",
+            str(paths["index"]),
+        ]
+    )
     return paths

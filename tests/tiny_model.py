@@ -1,10 +1,14 @@
 """A tiny model with random weights and a real tokenizer, as if loaded from a checkpoint."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from megatron_m3.config import Config, get_recipe, replace_fields
+from megatron_m3.config import Config, ParallelConfig, get_recipe, replace_fields
+from megatron_m3.platform.distributed import parallel_world
+from megatron_m3.platform.platform import select
 from megatron_m3.tokenizer import train_tokenizer
 
 WORDS = [
@@ -12,6 +16,20 @@ WORDS = [
     for start in ("am", "cor", "del", "fen", "gri", "hol", "mar", "tun")
     for end in ("ber", "dra", "ta", "x")
 ]
+
+
+@contextmanager
+def joined_world() -> Iterator[None]:
+    """A world of one process for the length of a block; one that is there already is used and left alone."""
+    torch.set_num_threads(1)
+    select()
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        yield
+        return
+    with parallel_world(ParallelConfig(), seed=1):
+        yield
 
 
 def sentence(seed: int, num_words: int) -> str:

@@ -3,8 +3,6 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReadReference:
@@ -14,8 +12,8 @@ class ReadReference:
     score: float
     """Cosine similarity of the reference and the chunk that retrieved it."""
     text: str
-    kept_positions: np.ndarray
-    """Which of the reference's tokens the memory keeps, int [memory layers, kv heads, kept tokens]."""
+    kept_positions: list[list[list[int]]]
+    """Which of the reference's tokens the memory keeps, by memory layer and kv head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,5 +82,6 @@ class Statistics:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         result = {name: round(value, 6) if isinstance(value, float) else value for name, value in vars(self).items()}
-        result["distinct_references"] = len(result.pop("seen"))
+        del result["seen"]
+        result["distinct_references"] = len(self.seen)
         return result | {"tokens_per_second": round(self.tokens_per_second, 3)}

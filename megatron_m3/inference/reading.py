@@ -43,13 +43,13 @@ class ChunkMemories:
     def valid_slots(self) -> Tensor:
         """Which memory slots hold a kept token."""
         slots_K = torch.arange(self.memories.kv.shape[4], device=self.rows_BCR.device)
-        kept_N = torch.as_tensor(self.memories.num_kept, device=self.rows_BCR.device)
+        kept_N = self.memories.num_kept.to(self.rows_BCR.device)
         kept_BCR = kept_N[self.rows_BCR] if len(kept_N) else torch.zeros_like(self.rows_BCR)
         return ((slots_K < kept_BCR[..., None]) & self.valid_BCR[..., None]).flatten(2)
 
     def key_values(self, layer: int) -> Tensor:
         """Keys (rotated) and values of one memory layer, [2, B, C, M, G, D]; zero where there is no kept token."""
-        kv_NXGKD = torch.as_tensor(self.memories.kv)[:, self.layers[layer], :, self.heads].to(self.rows_BCR.device)
+        kv_NXGKD = self.memories.kv[:, self.layers[layer], :, self.heads].to(self.rows_BCR.device)
         B, C, R = self.rows_BCR.shape
         _, X, G, K, D = kv_NXGKD.shape
         if not len(kv_NXGKD):

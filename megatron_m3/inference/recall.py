@@ -57,7 +57,11 @@ class Recall:
         distinct, inverse = np.unique(found.ids[found.valid], return_inverse=True)
         rows = np.zeros(found.ids.shape, dtype=np.int64)
         rows[found.valid] = inverse
+        cache = self.source.cache
+        hits, misses = cache.hits, cache.misses
         memories = self.source.fetch(distinct)
+        statistics.cache_hits += cache.hits - hits
+        statistics.cache_misses += cache.misses - misses
         statistics.retrieval_seconds += retrieved - start
         statistics.fetch_seconds += time.perf_counter() - retrieved
         statistics.references_read += int(found.valid.sum())
@@ -71,14 +75,10 @@ class Recall:
                 id=int(recalled.ids[chunk, place]),
                 score=float(recalled.scores[chunk, place]),
                 text=self.retriever.references.text(int(recalled.ids[chunk, place])),
-                kept_positions=self._kept_positions(recalled.memories, int(recalled.rows[chunk, place])),
+                kept_positions=recalled.memories.kept_positions(int(recalled.rows[chunk, place])).tolist(),
             )
             for place in np.flatnonzero(recalled.valid[chunk])
         ]
-
-    @staticmethod
-    def _kept_positions(memories: "ExplicitMemories", row: int) -> np.ndarray:
-        return np.asarray(memories.positions[row])[..., : int(memories.num_kept[row])]
 
     def memories_of(self, recalled: Recalled, chunk_BC: np.ndarray, has_chunk_BC: np.ndarray) -> ChunkMemories:
         """The memories of a grid of chunks, each naming one of ``recalled``; none where ``has_chunk_BC`` is False."""

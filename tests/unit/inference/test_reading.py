@@ -26,7 +26,9 @@ def batch(loaded):
         return torch.randint(2, config.model.vocab_size, shape, generator=generator)
 
     return {
-        "context": draw(B, S), "labels": draw(B, S), "references": draw(B, C, config.memory.reference_length),
+        "context": draw(B, S),
+        "labels": draw(B, S),
+        "references": draw(B, C, config.memory.reference_length),
         "reference_lengths": torch.tensor(LENGTHS),
     }
 
@@ -41,14 +43,18 @@ def memories(loaded, batch):
     B, C = lengths_BC.shape
     there = lengths_BC.flatten() > 0
     encoded = encode_references(
-        loaded, batch["references"].flatten(0, 1)[there], lengths_BC.flatten()[there],
+        loaded,
+        batch["references"].flatten(0, 1)[there],
+        lengths_BC.flatten()[there],
     )
     row_BC = (there.cumsum(0) - 1).view(B, C)
     window = range(config.memory.window)
     chunk_CR = torch.arange(C)[:, None] - torch.tensor(list(window))
     valid_BCR = (chunk_CR >= 0) & (lengths_BC[:, chunk_CR.clamp(min=0)] > 0)
     return ChunkMemories(
-        memories=encoded, rows_BCR=row_BC[:, chunk_CR.clamp(min=0)].clamp(min=0), valid_BCR=valid_BCR,
+        memories=encoded,
+        rows_BCR=row_BC[:, chunk_CR.clamp(min=0)].clamp(min=0),
+        valid_BCR=valid_BCR,
         layers={layer: place for place, layer in enumerate(config.memory_layers)},
         heads=slice(0, config.model.num_kv_heads),
     )
@@ -61,10 +67,17 @@ def make_cache(loaded, memories, batch_size, max_context):
     model, prefix = loaded.config.model, len(loaded.prefix_ids)
     return CachePlan(
         CacheShape(
-            batch=batch_size, num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_size=model.head_size,
-            prefix_length=prefix, context_start=prefix + loaded.config.memory.reference_length,
-            max_context=max_context, memory_layers=loaded.config.memory_layers, num_slots=memories.num_slots,
-            dtype=torch.float32, device=torch.device("cpu"),
+            batch=batch_size,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_size=model.head_size,
+            prefix_length=prefix,
+            context_start=prefix + loaded.config.memory.reference_length,
+            max_context=max_context,
+            memory_layers=loaded.config.memory_layers,
+            num_slots=memories.num_slots,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
         ),
         Rope(model.head_size, model.rope_theta),
     )
@@ -82,8 +95,12 @@ def read(loaded, context_BS, memories, keep=None, backend="torch"):
     B, S = context_BS.shape
     plan = ReadingPlan(
         Rope(config.model.head_size, config.model.rope_theta),
-        trunk_positions(len(prefix), config.memory.reference_length, S), prefix_length=len(prefix),
-        chunk_length=config.memory.chunk_length, memories=memories, keep=keep, backend=backend,
+        trunk_positions(len(prefix), config.memory.reference_length, S),
+        prefix_length=len(prefix),
+        chunk_length=config.memory.chunk_length,
+        memories=memories,
+        keep=keep,
+        backend=backend,
     )
     out = logits(loaded.model, torch.cat([prefix.expand(B, -1), context_BS], 1), plan, config.model.vocab_size)
     return out[:, len(prefix) :]
@@ -125,16 +142,15 @@ def test_decoding_token_by_token_is_the_one_pass(loaded, batch, memories):
 def test_empty_slots_are_never_read(loaded, batch, memories):
     kept = memories.memories.num_kept
     slots = torch.arange(memories.memories.kv.shape[4])
-    empty_NK = slots >= torch.as_tensor(kept)[:, None]
+    empty_NK = slots >= kept[:, None]
     assert empty_NK.any()
     poisoned_kv = memories.memories.kv.clone().masked_fill_(empty_NK[:, None, None, None, :, None], float("nan"))
     # and rows that no valid entry names
     nowhere = torch.full_like(poisoned_kv[:1], float("nan"))
+    num_kept = torch.cat([kept, slots[-1:].int()])
     poisoned = dataclasses.replace(
         memories,
-        memories=dataclasses.replace(
-            memories.memories, kv=torch.cat([poisoned_kv, nowhere]), num_kept=torch.cat([torch.as_tensor(kept), slots[-1:]])
-        ),
+        memories=dataclasses.replace(memories.memories, kv=torch.cat([poisoned_kv, nowhere]), num_kept=num_kept),
         rows_BCR=memories.rows_BCR.masked_fill(~memories.valid_BCR, len(kept)),
     )
     assert not memories.valid_BCR.all()

@@ -72,7 +72,8 @@ def test_an_empty_and_a_missing_file_are_refused(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("count", [2, 3, 17])
 def test_no_line_keeps_its_references_and_the_seed_decides(tmp_path, tokenizer, count):
-    lines = [{**GOOD, "id": place, "references": ["x" * (place % 16 + 1)] * (place // 16 + 1)} for place in range(count)]
+    texts = [["x" * (place % 16 + 1)] * (place // 16 + 1) for place in range(count)]
+    lines = [{**GOOD, "id": place, "references": references} for place, references in enumerate(texts)]
     examples = read(tmp_path, tokenizer, *lines)
     exchanged = exchange_references(examples, 7)
     assert [one.id for one in exchanged] == list(range(count))
