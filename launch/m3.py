@@ -33,7 +33,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         _job("data embed", "data_tools.embed", "embed the references"),
         _job("data index", "data_tools.index", "build the vector index over the embeddings"),
         _job("data neighbours", "data_tools.neighbours", "find each training chunk's references"),
-        _job("data inspect", "data_tools.inspect", "show what a data folder holds"),
+        _job("data inspect", "data_tools.inspect", "show the neighbours of a text or chunk, and what the filter drops"),
     ),
     "Training": (
         _job("pretrain", "launch.pretrain", "train: the warmup stage, or continual train with memory"),
