@@ -48,7 +48,7 @@ class SmallData:
 def make_small_data(folder: Path, entries: int = 60) -> SmallData:
     """Glosses of ``entries`` WordNet entries, a few to a document, and random neighbours, some of them missing."""
     data = SmallData(folder)
-    chosen = wordnet.load_entries(wordnet.CORPUS)[500 : 500 + entries]
+    chosen = wordnet.load_entries(wordnet.CORPUS, 160)[500 : 500 + entries]
     documents = [{"id": group[0].id, "text": " ".join(f"{entry.opening} {entry.gloss}." for entry in group)}
                  for group in (chosen[first : first + 3] for first in range(0, entries, 3))]
     corpus = folder / "corpus.jsonl"

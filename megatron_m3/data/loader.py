@@ -80,13 +80,13 @@ def _dali_batches(dataset: TrainingDataset, indices: Iterator[list[int]], micro_
         arrays = _stack([dataset[index] for index in next(indices)])
         return [arrays[name] for name in dataset.names]
 
-    pipeline = Pipeline(batch_size=micro_batch, num_threads=1, device_id=None)
+    pipeline = Pipeline(batch_size=micro_batch, num_threads=1, device_id=None, exec_dynamic=True)
     with pipeline:
         pipeline.set_outputs(*fn.external_source(source=read, num_outputs=len(dataset.names)))
     pipeline.build()
-    # A pipeline reuses its output buffers, so each batch is copied out of them.
+    # The dynamic executor gives its output buffers away, so batches need no copy.
     return (
-        {name: torch.from_dlpack(out.as_tensor()).clone() for name, out in zip(dataset.names, outputs, strict=True)}
+        {name: torch.from_dlpack(out.as_tensor()) for name, out in zip(dataset.names, outputs, strict=True)}
         for outputs in iter(pipeline.run, None)
     )
 
