@@ -82,16 +82,22 @@ class Embeddings:
         for index in range(len(self.manifest.files)):
             yield map_block(self.folder / block_name(index))["vectors"]
 
+    def rows(self, ids: "np.ndarray") -> "np.ndarray":
+        """The vectors of ``ids`` [N], float32 [N, size]."""
+        import numpy as np
+
+        vectors, first = np.empty((len(ids), self.size), np.float32), 0
+        for block in self.blocks():
+            here = (ids >= first) & (ids < first + len(block))
+            vectors[here] = block[ids[here] - first]
+            first += len(block)
+        return vectors
+
     def sample(self, count: int) -> "np.ndarray":
         """``count`` vectors evenly spaced over all, or all if there are fewer."""
         import numpy as np
 
-        chosen = np.linspace(0, self.count - 1, min(count, self.count)).astype(np.int64)
-        parts, first = [], 0
-        for block in self.blocks():
-            parts.append(block[chosen[(chosen >= first) & (chosen < first + len(block))] - first])
-            first += len(block)
-        return np.concatenate(parts)
+        return self.rows(np.linspace(0, self.count - 1, min(count, self.count)).astype(np.int64))
 
 
 def run(options: Options) -> None:
@@ -145,22 +151,35 @@ def tune(index: Any, options: Options, embeddings: Embeddings) -> dict[str, Any]
     """Read as many inverted lists as the wanted recall takes; return the recall and what it took."""
     import faiss
 
-    from megatron_m3.retrieval.index import nearest_exactly, recall
+    from megatron_m3.retrieval.index import nearest_exactly
 
-    queries, wanted = embeddings.sample(options.queries), min(NEIGHBOURS + 1, embeddings.count)
-    exact = nearest_exactly(queries, embeddings.blocks(), wanted)
-    others = exact[:, 1:] if wanted > 1 else exact  # the first is the query itself, found by every index
-    found = recall(index.search(queries, wanted)[1], others)
+    queries, k = embeddings.sample(options.queries), min(NEIGHBOURS + 1, embeddings.count)
+    least = nearest_exactly(queries, embeddings.blocks(), k)[0][:, -1]
+    found = recall(index, embeddings, queries, least, k)
     info: dict[str, Any] = {}
     if (lists := faiss.try_extract_index_ivf(index)) is not None:
         while found < options.recall and lists.nprobe < lists.nlist:
             lists.nprobe = min(2 * lists.nprobe, lists.nlist)
-            found = recall(index.search(queries, wanted)[1], others)
+            found = recall(index, embeddings, queries, least, k)
         info = {"lists": lists.nlist, "lists_read": lists.nprobe}
         print(f"index: a search reads {lists.nprobe:,} of {lists.nlist:,} lists", file=sys.stderr)
     measured = f"recall@{NEIGHBOURS} {found:.4f} against exact search"
     print(f"index: {measured}, on {len(queries):,} references", file=sys.stderr)
     return info | {"recall": found}
+
+
+def recall(index: Any, embeddings: Embeddings, queries: "np.ndarray", least: "np.ndarray", k: int) -> float:
+    """Share of the neighbours that ``index`` finds, the query itself aside, that are as near as the k-th nearest.
+
+    ``queries`` float32 [N, size] are vectors of the index; ``least`` [N] is the score of each one's k-th nearest.
+    """
+    import numpy as np
+
+    ids = index.search(queries, k)[1]
+    vectors = embeddings.rows(ids.ravel()).reshape(*ids.shape, -1)
+    near = (ids >= 0) & (np.einsum("nks,ns->nk", vectors, queries) >= least[:, None] - 1e-5)
+    others = near.sum(axis=1) - 1 if k > 1 else near.sum(axis=1)
+    return float(np.mean(others.clip(0) / max(1, k - 1)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "zeros_like",
@@ -77,6 +78,8 @@ def _stand_in_for_torch_cuda() -> None:
 
 def _stand_in_for_cuda_tensors() -> None:
     """Rewrite devices where tensors are made; functions that only compute are left as they are, and as fast."""
+    # torch remembers its own factories here, else `with torch.device(...)`, by which transformers loads, misses them
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor

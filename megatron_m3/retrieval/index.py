@@ -126,8 +126,8 @@ def build_faiss(factory: str, size: int, sample: np.ndarray, blocks: Iterable[np
     return index
 
 
-def nearest_exactly(queries: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> np.ndarray:
-    """Ids [N, k] of the nearest vectors by comparing with every one, block after block."""
+def nearest_exactly(queries: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and ids, [N, k] each, of the nearest vectors by comparing with every one, block after block."""
     import faiss
 
     heap = faiss.ResultHeap(len(queries), k, keep_max=True)
@@ -137,9 +137,4 @@ def nearest_exactly(queries: np.ndarray, blocks: Iterable[np.ndarray], k: int) -
         heap.add_result(scores, ids + first)
         first += len(block)
     heap.finalize()
-    return np.asarray(heap.I)
-
-
-def recall(found: np.ndarray, exact: np.ndarray) -> float:
-    """Share of the ids ``exact`` [N, k] that ``found`` [N, k] has in the same row."""
-    return float(np.mean([np.isin(right, left).mean() for left, right in zip(found, exact, strict=True)]))
+    return np.asarray(heap.D), np.asarray(heap.I)

@@ -94,6 +94,7 @@ def _load(name: str) -> tuple[Any, Any]:
 
     from megatron_m3.platform import select
 
+    device = select().device
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
@@ -101,7 +102,7 @@ def _load(name: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model={name}: not a model that can be loaded here ({reason}); give its folder") from None
-    return model.eval().to(select().device), tokenizer
+    return model.eval().to(device), tokenizer
 
 
 def _fingerprint(model: Any, tokenizer: Any) -> str:

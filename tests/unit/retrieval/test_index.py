@@ -1,0 +1,85 @@
+"""The vector index against comparison with every vector."""
+
+import numpy as np
+import pytest
+
+from megatron_m3.errors import ConfigError
+from megatron_m3.manifest import Manifest
+from megatron_m3.retrieval.index import (
+    FLAT_LIMIT,
+    MISSING,
+    VectorIndex,
+    build_faiss,
+    choose_factory,
+    nearest_exactly,
+)
+
+
+def unit_vectors(count: int, size: int = 16, seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((count, size)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def make_index(vectors: np.ndarray, factory: str = "Flat") -> VectorIndex:
+    manifest = Manifest(kind="index", schema=1, inputs={}, settings={}, files={})
+    return VectorIndex(None, manifest, build_faiss(factory, vectors.shape[1], vectors, [vectors]))
+
+
+def test_search_is_exact_and_in_order():
+    vectors, queries = unit_vectors(300), unit_vectors(40, seed=1)
+    found = make_index(vectors).search(queries, 7)
+    likeness = queries @ vectors.T
+    assert found.valid.all()
+    assert (found.ids == np.argsort(-likeness, axis=1)[:, :7]).all()
+    np.testing.assert_allclose(found.scores, -np.sort(-likeness, axis=1)[:, :7], rtol=1e-5)
+
+
+def test_equal_references_come_in_order_of_id():
+    vectors = np.repeat(unit_vectors(3), 4, axis=0)
+    assert make_index(vectors).search(vectors[[5]], 4).ids.tolist() == [[4, 5, 6, 7]]
+
+
+def test_missing_is_missing():
+    vectors = unit_vectors(3)
+    found = make_index(vectors).search(np.stack([vectors[0], np.zeros(16, np.float32)]), 5)
+    assert found.valid.tolist() == [[True, True, True, False, False], [False] * 5]
+    assert (found.ids[~found.valid] == MISSING).all()
+    assert not found.scores[~found.valid].any()
+    with pytest.raises(IndexError):
+        vectors[found.ids[0, 4]]
+
+
+def test_filtered_search_equals_filtering_the_whole_order():
+    vectors, queries = unit_vectors(200), unit_vectors(30, seed=1)
+    allowed = np.random.default_rng(2).random((30, 200)) < np.linspace(0, 1, 30)[:, None] ** 3
+    found = make_index(vectors).search_filtered(queries, 5, lambda row, ids: ~allowed[row, ids])
+    for row, order in enumerate(np.argsort(-(queries @ vectors.T), axis=1)):
+        expected = [one for one in order if allowed[row, one]][:5]
+        assert found.ids[row, : len(expected)].tolist() == expected
+        assert found.valid[row].tolist() == [True] * len(expected) + [False] * (5 - len(expected))
+        assert (found.ids[row, len(expected):] == MISSING).all()
+
+
+def test_filtered_search_for_more_than_there_are():
+    found = make_index(unit_vectors(3)).search_filtered(unit_vectors(1), 5, lambda row, ids: ids == 1)
+    assert sorted(found.ids[0, :2].tolist()) == [0, 2]
+    assert found.valid[0].tolist() == [True, True, False, False, False]
+
+
+def test_exact_search_over_blocks():
+    vectors, queries = unit_vectors(500), unit_vectors(20, seed=1)
+    scores, ids = nearest_exactly(queries, np.split(vectors, [3, 250, 490]), 5)
+    likeness = queries @ vectors.T
+    assert (ids == np.argsort(-likeness, axis=1)[:, :5]).all()
+    np.testing.assert_allclose(scores, -np.sort(-likeness, axis=1)[:, :5], rtol=1e-5)
+
+
+def test_factory_by_count():
+    assert choose_factory(1) == choose_factory(FLAT_LIMIT) == "Flat"
+    assert choose_factory(1_000_000) == "IVF4096,Flat"
+
+
+@pytest.mark.parametrize("factory", ["Nonsense", "IVF4096,Flat", "PQ7"])
+def test_factory_that_cannot_be_is_refused(factory):
+    with pytest.raises(ConfigError, match=f"factory={factory}"):
+        make_index(unit_vectors(100), factory)
