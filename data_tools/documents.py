@@ -7,6 +7,7 @@
 A document without an id is called FILE:LINE (in parquet files lines are rows).
 """
 
+import functools
 import gzip
 import itertools
 import json
@@ -72,12 +73,10 @@ class Corpus:
         """One hash for the contents of all files, whatever they are called."""
         return hash_json([entry["sha256"] for entry in self.file_hashes])
 
-    @property
+    @functools.cached_property
     def file_hashes(self) -> list[dict[str, Any]]:
         """Name, bytes and SHA-256 of each file."""
-        if not hasattr(self, "_hashes"):
-            self._hashes = [{"name": path.name} | hash_file(path) for path in self.files]
-        return self._hashes
+        return [{"name": path.name} | hash_file(path) for path in self.files]
 
     def __iter__(self) -> Iterator[Document]:
         self.bytes_read, self.documents, self.skipped = 0, 0, []
@@ -89,7 +88,7 @@ class Corpus:
                 try:
                     document = _document(record, f"{path.name}:{line}")
                 except BadRecordError as error:
-                    self.skip(path, line, str(error))
+                    self.skipped.append({"file": str(path), "line": line, "reason": str(error)})
                     continue
                 self.documents += 1
                 yield document
@@ -121,10 +120,6 @@ class Corpus:
                 progress.advance(self.bytes_read - progress.count)
         self.finish()
 
-    def skip(self, path: Path, line: int, reason: str) -> None:
-        """Set one record aside."""
-        self.skipped.append({"file": str(path), "line": line, "reason": reason})
-
     def finish(self) -> None:
         """Check that there was at least one document.
 
@@ -136,8 +131,10 @@ class Corpus:
             names = ", ".join(str(path) for path in self.files)
             raise DataError(f"{names}: no usable document" + (f" ({reasons})" if reasons else "; the corpus is empty"))
 
-    def write_skipped(self, folder: Path) -> None:
-        """Write ``skipped.jsonl`` into ``folder`` if anything was set aside."""
+    def write_account(self, folder: Path, counts: dict[str, Any]) -> None:
+        """Write ``counts.json`` into ``folder``, and ``skipped.jsonl`` if anything was set aside."""
+        with atomic_path(folder / "counts.json") as path:
+            path.write_text(json.dumps(counts, indent=1) + "\n")
         if self.skipped:
             with atomic_path(folder / SKIPPED) as path:
                 path.write_text("".join(json.dumps(entry) + "\n" for entry in self.skipped))
@@ -169,12 +166,13 @@ def _document(record: Any, name: str) -> Document:
     text: str = record["text"]
     if not text.strip():
         raise BadRecordError("empty text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRecordError("text is not valid Unicode") from None
     given = record.get("id")
-    return Document(name if given is None else str(given), text)
+    document = Document(name if given is None else str(given), text)
+    try:
+        "".join(document).encode()
+    except UnicodeEncodeError:
+        raise BadRecordError("not valid Unicode") from None
+    return document
 
 
 type Records = Iterator[tuple[int, Any, int]]

@@ -58,7 +58,7 @@ def run(options: Options) -> None:
     num_blocks = write_blocks(folder, corpus, tokenizer, options)
     references = sum(info["references"] for info in folder.info(num_blocks))
     counts = corpus.counts(references=references, blocks=num_blocks)
-    corpus.write_skipped(output)
+    corpus.write_account(output, counts)
     files = folder.files(num_blocks)
     info = counts | {"corpus": corpus.file_hashes}
     write_manifest(output, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files=files, info=info))

@@ -44,8 +44,7 @@ def run(options: Options) -> None:
     with atomic_folder(output) as folder:
         counts = write_tokens(corpus, tokenizer, folder)
         files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
-        corpus.write_skipped(folder)
-        (folder / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
+        corpus.write_account(folder, counts)
         info = counts | {"corpus": corpus.file_hashes}
         write_manifest(folder, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings={}, files=files, info=info))
     show_counts("tokens", counts)

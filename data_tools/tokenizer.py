@@ -39,8 +39,9 @@ def run(options: Options) -> None:
             yield from (document.text for document in batch)
 
     tokenizer = train_tokenizer(texts(), options.vocab_size, output, inputs=inputs)
-    corpus.write_skipped(output)
-    show_counts("tokenizer", corpus.counts(tokens_in_vocabulary=tokenizer.vocab_size))
+    counts = corpus.counts(tokens_in_vocabulary=tokenizer.vocab_size)
+    corpus.write_account(output, counts)
+    show_counts("tokenizer", counts)
     print(output)
 
 

@@ -76,13 +76,14 @@ def test_every_format_gives_the_same_texts(tmp_path):
 def test_bad_records_are_set_aside_with_file_and_line(tmp_path):
     path = tmp_path / "bad.jsonl"
     lines = [b'\xef\xbb\xbf{"text": "good"}', b"{broken", b"", b'{"id": 1}', b'{"text": "caf\xe9"}', b'{"text": "  "}',
-             b'["text"]', b'{"text": 5}', b'{"text": "\\ud800"}', b'{"id": 7, "text": "fine"}']
+             b'["text"]', b'{"text": 5}', b'{"text": "\\ud800"}', b'{"id": "\\ud800", "text": "a"}',
+             b'{"id": 7, "text": "fine"}']
     path.write_bytes(b"\n".join(lines))
     corpus = Corpus([str(path)])
     assert list(corpus) == [Document("bad.jsonl:1", "good"), Document("7", "fine")]
     assert [(entry["line"], entry["reason"]) for entry in corpus.skipped] == [
         (2, "not JSON"), (4, "no text"), (5, "not UTF-8"), (6, "empty text"), (7, "no text"), (8, "no text"),
-        (9, "text is not valid Unicode")]
+        (9, "not valid Unicode"), (10, "not valid Unicode")]
     assert all(entry["file"] == str(path) for entry in corpus.skipped)
     assert corpus.counts()["documents"] == 2
 
@@ -153,7 +154,7 @@ def test_skipped_records_are_counted_and_listed(tmp_path, trained, capsys):
     for folder in ("tokens", "references"):
         skipped = [json.loads(line) for line in (tmp_path / folder / "skipped.jsonl").read_text().splitlines()]
         assert [entry["line"] for entry in skipped] == [2, 3]
-    assert json.loads((tmp_path / "tokens" / "counts.json").read_text())["skipped"] == 2
+        assert json.loads((tmp_path / folder / "counts.json").read_text())["skipped"] == 2
 
 
 def test_a_document_of_one_token(tmp_path, trained):
