@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from megatron_m3.tokenizer import Tokenizer
 
 KIND, SCHEMA = "checkpoint", 1
-FOLDER = re.compile(r"step_(\d{7,})")
+FOLDER = re.compile(r"step_\d{7,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +51,17 @@ def checkpoint_folder(output: Path, step: int) -> Path:
     return Path(output) / f"step_{step:07d}"
 
 
+def checkpoint_step(folder: Path) -> int:
+    """Steps taken before a checkpoint, from its folder's name."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def list_checkpoints(output: Path, *, good: bool = False) -> list[Path]:
     """Complete checkpoints of a run, oldest first; with ``good`` only those taken while no divergence was suspected."""
     if not Path(output).is_dir():
         return []
-    found = sorted((int(match[1]), path) for path in Path(output).iterdir() if (match := FOLDER.fullmatch(path.name)))
-    return [path for _, path in found if not good or read_checkpoint(path).settings["good"]]
+    found = sorted((path for path in Path(output).iterdir() if FOLDER.fullmatch(path.name)), key=checkpoint_step)
+    return [path for path in found if not good or read_checkpoint(path).settings["good"]]
 
 
 def read_checkpoint(folder: Path) -> Manifest:

@@ -27,7 +27,7 @@ def sharded_state(models: Sequence[Any]) -> dict[str, Any]:
     """The sharded state of all model chunks of this process, keyed as dist_checkpointing wants it."""
     if len(models) == 1:
         return {"model": models[0].sharded_state_dict(metadata=sharding_metadata())}
-    return {f"model{index}": chunk.sharded_state_dict(metadata=sharding_metadata()) for index, chunk in enumerate(models)}
+    return {f"model{index}": model.sharded_state_dict(metadata=sharding_metadata()) for index, model in enumerate(models)}
 
 
 def weights_hash(models: Sequence[Any]) -> str:

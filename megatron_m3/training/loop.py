@@ -18,14 +18,21 @@ from megatron_m3.config.flops import step_flops
 from megatron_m3.data import TrainingDataset, build_loader
 from megatron_m3.errors import ConfigError
 from megatron_m3.manifest import atomic_path
-from megatron_m3.model.checkpoint import checkpoint_folder, list_checkpoints, remove_checkpoint, remove_checkpoints
+from megatron_m3.model.checkpoint import (
+    checkpoint_folder,
+    checkpoint_step,
+    list_checkpoints,
+    remove_checkpoint,
+    remove_checkpoints,
+)
 from megatron_m3.model.gpt import DTYPES
+from megatron_m3.platform import Platform
 from megatron_m3.platform.distributed import parallel_world
 from megatron_m3.tokenizer import Tokenizer
 from megatron_m3.training import signals
 from megatron_m3.training.guard import Guard, GuardState, Verdict
 from megatron_m3.training.metrics import Metrics, measure_peak_tflops, say
-from megatron_m3.training.record import write_run_record
+from megatron_m3.training.record import describe, write_run_record
 from megatron_m3.training.schedule import learning_rate
 from megatron_m3.training.setup import Machinery, build_machinery, check_run
 from megatron_m3.training.state import RunState, load_run, save_run, start_from
@@ -55,25 +62,29 @@ def train(config: Config) -> Summary:
         M3Error: settings, data or artifacts that do not work, a full disk, or divergence beyond the guard's limits.
     """
     check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    with parallel_world(config.parallel, config.training.seed) as platform:
+        return train_in_world(config, platform)
+
+
+def train_in_world(config: Config, platform: Platform) -> Summary:
+    """:func:`train` on processes that have joined their groups already."""
+    output = Path(config.training.output)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size}: must be at least the tokenizer's {tokenizer.vocab_size}"
         )
-    found = list_checkpoints(Path(config.training.output))
+    found = list_checkpoints(output)
     if found and not config.checkpoint.resume:
         raise ConfigError(
-            f"training.output={config.training.output}: holds checkpoints; choose another folder, or set "
-            "checkpoint.resume=true to go on"
+            f"training.output={output}: holds checkpoints; choose another folder, or set checkpoint.resume=true to go on"
         )
     dataset = TrainingDataset(config)
-    with parallel_world(config.parallel, config.training.seed) as platform:
-        first = dist.get_rank() == 0
+    with signals.Requests(output, watches_files=dist.get_rank() == 0) as requests:
         machinery = build_machinery(config, platform, tokenizer.prefix_ids(config.memory.prefix))
-        with signals.Requests(Path(config.training.output), watches_files=first) as requests:
-            loop = Loop(machinery, dataset, requests)
-            loop.start(found)
-            return loop.run()
+        loop = Loop(machinery, dataset, requests)
+        loop.start(found)
+        return loop.run()
 
 
 class Loop:
@@ -101,6 +112,7 @@ class Loop:
             for leftover in self.output.glob(".step_*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             write_run_record(self.machinery)
+            say(describe(self.machinery))
         if found:
             self.state = load_run(self.machinery, found[-1])
             self.saved_step = self.state.step
@@ -188,16 +200,16 @@ class Loop:
 
     def _roll_back(self, result: StepResult) -> None:
         """Return to the last good checkpoint; skip the sequences since the suspicion arose, at a lower rate."""
-        left, folder = self.state.step, list_checkpoints(self.output, good=True)[-1]
+        left, folder = self.state.step, self._last_trusted_checkpoint()
         skipped = self.guard.roll_back(self.state.position)
         self.state = load_run(self.machinery, folder)
         self.guard.restore(self.state.guard)
         self.saved_step, self.reader_position = self.state.step, -1
         if not self.first:
             return
-        for abandoned in list_checkpoints(self.output):
-            if abandoned.name > folder.name:
-                remove_checkpoint(abandoned)
+        for other in list_checkpoints(self.output):
+            if checkpoint_step(other) > checkpoint_step(folder):
+                remove_checkpoint(other)
         with atomic_path(self.output / GUARD_FILE) as path:
             path.write_text(json.dumps(self.guard.state.to_dict()) + "\n")
         self.metrics.begin(self.state.step)
@@ -208,8 +220,14 @@ class Loop:
         self._say(
             f"step {left} diverged (loss {result.loss:.4g}, grad norm {result.grad_norm:.4g}): back to step "
             f"{self.state.step}, skipping sequences {skipped[0]}-{skipped[1] - 1}, learning rate x "
-            f"{self.guard.lr_factor:g} (return {self.guard.state.rollbacks} of {self.config.guard.max_rollbacks} allowed)"
+            f"{self.guard.lr_factor:g} (return {self.guard.state.rollbacks} of {self.config.guard.max_rollbacks})"
         )
+
+    def _last_trusted_checkpoint(self) -> Path:
+        """The newest checkpoint that at least one healthy step followed: a step's loss judges the weights before it."""
+        good = list_checkpoints(self.output, good=True)
+        last_healthy = self.state.step - self.guard.state.suspicious_steps
+        return ([folder for folder in good if checkpoint_step(folder) < last_healthy] or good)[-1]
 
     def _say(self, line: str) -> None:
         if self.first:

@@ -41,3 +41,14 @@ def write_run_record(machinery: Machinery) -> None:
     ):
         with atomic_path(output / name) as path:
             path.write_text(text)
+
+
+def describe(machinery: Machinery) -> str:
+    """What is live and how the model lies over the processes, as one line."""
+    found, parallel, model = report(), machinery.config.parallel, machinery.config.model
+    return (
+        f"{found['device']} x {dist.get_world_size()} ({found['backend']}): tensor {parallel.tensor} x pipeline "
+        f"{parallel.pipeline} x data {machinery.data_size}; {model.num_non_embedding_parameters:,} non-embedding "
+        f"parameters, {machinery.config.training.dtype}; optimizer {found['optimizer']}, norm {found['norm']}, "
+        f"attention {found['attention']}"
+    )

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_m3.config import Config
 from megatron_m3.errors import ConfigError
@@ -39,10 +40,8 @@ class RunState:
 def save_run(machinery: Machinery, state: RunState, *, good: bool) -> Path:
     """Write the checkpoint of this step; a collective. Returns its folder."""
     config = machinery.config
-    sharded = {
-        "optimizer": machinery.optimizer.sharded_state_dict(sharded_state(machinery.models), metadata=sharding_metadata()),
-        "generators": _generators(_layout()),
-    }
+    optimizer = machinery.optimizer.sharded_state_dict(sharded_state(machinery.models), metadata=sharding_metadata())
+    sharded = {"optimizer": optimizer, "generators": _generators(_layout())}
     training = {"position": state.position, "guard": state.guard.to_dict(), "layout": list(_layout())}
     return save_checkpoint(Path(config.training.output), state.step, machinery.models, config,
                            state=sharded, training=training, good=good)
@@ -70,7 +69,7 @@ def load_run(machinery: Machinery, folder: Path) -> RunState:
     for index, model in enumerate(machinery.models):
         model.load_state_dict(loaded["model" if len(machinery.models) == 1 else f"model{index}"])
     check_weights(folder, machinery.models)
-    machinery.optimizer.load_state_dict(loaded["optimizer"])
+    _restore_optimizer(machinery.optimizer, loaded["optimizer"])
     prepare_optimizer(machinery.optimizer, machinery.config)
     if same_layout:
         _set_generators(loaded["generators"])
@@ -87,6 +86,19 @@ def start_from(machinery: Machinery, folder: Path) -> None:
     check_same_model(folder, machinery.config)
     load_weights(folder, machinery.models)
     machinery.optimizer.reload_model_params()
+
+
+def _restore_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Load settings, then states; the distributed optimizer's loader stumbles over the step counts of torch's AdamW."""
+    states = loaded.pop("param_state", None)
+    optimizer.load_state_dict(loaded)
+    if states is None:
+        return
+    [part] = optimizer.chained_optimizers
+    counts = {parameter: state.pop("step") for parameter, state in part.optimizer.state.items() if "step" in state}
+    part.load_parameter_state_from_fully_reshardable(states)
+    for parameter, count in counts.items():
+        part.optimizer.state[parameter]["step"] = count
 
 
 def _check_same_optimizer(folder: Path, stored: dict[str, Any], config: Config) -> None:
