@@ -105,6 +105,11 @@ def build_engine(options: GenerateOptions) -> "Engine":
     if options.no_memory:
         return Engine(loaded)
     retriever = Retriever.open(options.index, options.references, loaded.tokenizer)
+    if retriever.references.reference_length > loaded.config.memory.reference_length:
+        raise ConfigError(
+            f"references={options.references}: up to {retriever.references.reference_length} tokens each, the checkpoint "
+            f"reads at most {loaded.config.memory.reference_length}; make them again with that --reference-length"
+        )
     if not options.bank:
         return Engine(loaded, retriever, ColdSource(loaded, retriever.references, cache_bytes=options.cache_bytes))
     bank = MemoryBank.open(options.bank, weights_hash=loaded.weights_hash, tokenizer_hash=loaded.tokenizer.hash)

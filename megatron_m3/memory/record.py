@@ -78,7 +78,8 @@ class RecordLayout:
         count, middle = len(codes), self.num_heads * self.positions_bytes
         positions = tail[:, :middle].reshape(count, self.num_heads, self.positions_bytes)[:, heads]
         sums = tail[:, middle + 4 :].reshape(count, self.num_heads, 4)[:, heads]
-        return codes.reshape(count, -1, self.head_bytes), positions, tail[:, middle : middle + 4], sums
+        code = codes.reshape(count, codes.shape[1] // self.head_bytes, self.head_bytes)
+        return code, positions, tail[:, middle : middle + 4], sums
 
     def damaged_rows(self, codes: np.ndarray, tail: np.ndarray, heads: slice = slice(None)) -> list[int]:
         """Rows in which the checksum of a head does not fit; arguments as in :meth:`parts`."""
@@ -101,7 +102,8 @@ class RecordLayout:
         code, positions, num_kept, _ = self.parts(codes, tail, heads)
         count, num_heads = code.shape[:2]
         shape = (count, num_heads, self.num_layers, 2, self.num_kept_tokens, self.code_bytes)
-        placed = np.ascontiguousarray(positions).view("<i2").reshape(count, num_heads, self.num_layers, -1)
+        places = (count, num_heads, self.num_layers, self.num_kept_tokens)
+        placed = np.ascontiguousarray(positions).view("<i2").reshape(places)
         return (
             code.reshape(shape).transpose(0, 2, 3, 1, 4, 5),
             torch.from_numpy(placed.transpose(0, 2, 1, 3).astype(np.int16)),

@@ -59,13 +59,16 @@ def with_memory(paths):
 
 def test_warm_and_cold_start_generate_the_same(paths, bank, run):
     options = ["generate", "--checkpoint", paths["run"], *with_memory(paths), "--input", paths["prompts.jsonl"],
-               "--max-new-tokens", "20", "--json"]
+               "--max-new-tokens", "20", "--json", "--batch", "1"]
     cold = json.loads(run(*options).out)
     # so small a cache that memories are read from disk again and again
-    warm = json.loads(run(*options, "--bank", bank, "--cache-bytes", "20000").out)
+    warm = json.loads(run(*options, "--bank", bank, "--cache-bytes", "8000").out)
     assert cold["results"] == warm["results"]
     assert [len(one["chunks"]) > 3 for one in warm["results"]] == [True] * 3
-    assert all(chunk["references"] for one in warm["results"] for chunk in one["chunks"])
+    # a generated chunk may hold no word that retrieves anything
+    assert all(
+        chunk["references"] for one in warm["results"] for chunk in one["chunks"] if chunk["part"] == "prompt"
+    )
     assert warm["statistics"]["cache_misses"] > warm["statistics"]["distinct_references"]
     assert cold["statistics"]["cache_misses"] == cold["statistics"]["distinct_references"]
 
