@@ -27,6 +27,7 @@ BATCH = 512
 """Chunks searched at once."""
 REACH = 2048
 """Tokens before and after a chunk that a reference must not overlap with."""
+COUNTS = ("chunks", "searched", "found", "missing", "dropped by filter", "dropped same document")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +151,7 @@ def run(options: Options) -> None:
                 arrays, counts = find_neighbours(corpus, documents, options.neighbours)
                 folder.write(index, arrays, counts)
             progress.advance(len(documents))
-    totals = dict(sum((Counter(info) for info in folder.info(num_blocks)), Counter(dict.fromkeys(COUNTS, 0))))
-    totals = {name: totals.get(name, 0) for name in COUNTS}
+    totals = {name: sum(info[name] for info in folder.info(num_blocks)) for name in COUNTS}
     with atomic_path(output / "counts.json") as path:
         path.write_text(json.dumps(totals, indent=1) + "\n")
     files = folder.files(num_blocks)
@@ -159,9 +159,6 @@ def run(options: Options) -> None:
     write_manifest(output, manifest)
     show_counts("neighbours", totals)
     print(output)
-
-
-COUNTS = ("chunks", "searched", "found", "missing", "dropped by filter", "dropped same document")
 
 
 def find_neighbours(corpus: Corpus, documents: range, k: int) -> tuple[dict[str, "np.ndarray"], dict[str, int]]:

@@ -1,8 +1,8 @@
 """The offline embedder: TF-IDF over words, brought to a few hundred numbers by a sparse random projection.
 
 A projection, unlike a truncated SVD, keeps rare words, and rare words are what tells one piece of knowledge from
-another: of WordNet's 82 thousand noun entries, five neighbours of a text with a quarter of an entry's words contain
-the entry for 75 % of the texts, against 17 % with an SVD of 256 numbers.
+another: given a quarter of the words of one of WordNet's 82 thousand noun entries, five neighbours by 256 numbers hold
+the entry in 72 % of the cases with a projection and in 17 % with an SVD.
 """
 
 import re

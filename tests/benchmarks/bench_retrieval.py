@@ -68,7 +68,8 @@ def make_queries(retriever: Retriever, texts: Path) -> dict[str, tuple[list[list
 
 def share_found(ids: np.ndarray, entries: Sequence[Sequence[set[int]]]) -> float:
     """Share of the entries whose reference is among the ids [N, k] of their query."""
-    return float(np.mean([bool(one & set(row)) for row, wanted in zip(ids.tolist(), entries, strict=True) for one in wanted]))
+    rows = zip(map(set, ids.tolist()), entries, strict=True)
+    return float(np.mean([bool(home & row) for row, wanted in rows for home in wanted]))
 
 
 def main() -> None:
@@ -78,7 +79,8 @@ def main() -> None:
         retriever = prepare(folder)
         print(f"{len(retriever.references):,} references, {retriever.embedder.size} numbers each; "
               f"by chance @{K}: {K / len(retriever.references):.4f}")
-        print(f"{'query':<20}{'queries':>9}{'entries':>9}{'found@1':>9}{f'found@{K}':>9}{'queries/s':>11}{'one by one/s':>14}")
+        print(f"{'query':<20}{'queries':>9}{'entries':>9}{'found@1':>9}{f'found@{K}':>9}{'queries/s':>11}"
+              f"{'one by one/s':>14}")
         for name, (chunks, entries) in make_queries(retriever, folder / "texts").items():
             begin = time.perf_counter()
             ids = retriever.retrieve(chunks, K).ids
