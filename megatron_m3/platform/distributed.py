@@ -5,15 +5,31 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_m3.config import ParallelConfig
 from megatron_m3.errors import ConfigError
 from megatron_m3.platform.platform import Platform, select
 
 TIMEOUT = datetime.timedelta(minutes=30)
+
+
+class ParallelSizes(Protocol):
+    """Model-parallel sizes, such as the parallel section of a config."""
+
+    @property
+    def tensor(self) -> int:
+        """Tensor-parallel processes."""
+
+    @property
+    def pipeline(self) -> int:
+        """Pipeline stages."""
+
+    @property
+    def interleave(self) -> int:
+        """Model chunks of a pipeline stage."""
 
 
 def _join_world(platform: Platform) -> None:
@@ -28,7 +44,7 @@ def _join_world(platform: Platform) -> None:
     dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
 
 
-def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
+def check_world_size(parallel: ParallelSizes, world_size: int) -> None:
     """Refuse a world that the model-parallel sizes do not divide."""
     model_parallel = parallel.tensor * parallel.pipeline
     if world_size % model_parallel:
@@ -39,7 +55,7 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
         )
 
 
-def initialize_parallel(parallel: ParallelConfig, seed: int) -> Platform:
+def initialize_parallel(parallel: ParallelSizes, seed: int) -> Platform:
     """Join the world and build megatron-core's process groups; call :func:`shut_down` at the end.
 
     Under a launcher the environment's RANK, WORLD_SIZE and MASTER_ADDR are used; alone, the world is one process.
@@ -73,7 +89,7 @@ def shut_down() -> None:
 
 
 @contextmanager
-def parallel_world(parallel: ParallelConfig, seed: int) -> Iterator[Platform]:
+def parallel_world(parallel: ParallelSizes, seed: int) -> Iterator[Platform]:
     """:func:`initialize_parallel` for the length of a block."""
     try:
         yield initialize_parallel(parallel, seed)

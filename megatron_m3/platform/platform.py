@@ -50,7 +50,8 @@ def select() -> Platform:
         UnsupportedError: PyPI's unrelated ``apex`` is installed.
     """
     _refuse_unrelated_apex()
-    warnings.filterwarnings("ignore", module="megatron")
+    for name in ("megatron", r"torch\.distributed"):
+        warnings.filterwarnings("ignore", module=name)
     warnings.filterwarnings("ignore", category=FutureWarning)
     # known and not for users: GPTModel's deprecation, and CUDA looked for by a build helper
     for name in ("megatron.core", "torch.utils.cpp_extension"):

@@ -21,6 +21,7 @@ from megatron_m3.model.checkpoint import (
     save_checkpoint,
 )
 from megatron_m3.model.weights_hash import sharded_state, sharding_metadata
+from megatron_m3.platform import select
 from megatron_m3.training.guard import GuardState
 from megatron_m3.training.setup import Machinery, prepare_optimizer
 
@@ -129,7 +130,7 @@ def _generators(layout: tuple[int, int, int]) -> ShardedObject:
         parallel_state.get_data_parallel_rank(),
     )
     states = {"torch": torch.get_rng_state(), "megatron": tensor_parallel.get_cuda_rng_tracker().get_states()}
-    if torch.cuda.is_available():
+    if select().is_cuda:
         states["cuda"] = torch.cuda.get_rng_state()
     return ShardedObject("generators", states, layout, place)
 
@@ -137,5 +138,5 @@ def _generators(layout: tuple[int, int, int]) -> ShardedObject:
 def _set_generators(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])
-    if torch.cuda.is_available():
+    if select().is_cuda:
         torch.cuda.set_rng_state(states["cuda"])
