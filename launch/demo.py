@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, M3Error, exit_on_user_error
-from megatron_m3.platform.progress import format_seconds
 
 MODES = {
     "none": "without memory",
@@ -183,6 +182,8 @@ def summarise(options: Options, run: Path, seconds: dict[str, float]) -> dict[st
 
 def table(summary: dict[str, Any]) -> str:
     """The summary for people."""
+    from megatron_m3.platform.progress import format_seconds
+
     scores, bank = summary["nats_per_token"], summary["bank"]
     lines = [f"{'held-out definitions':<44} nats per token"]
     lines += [f"  {words:<42} {scores[mode]:>14.4f}" for mode, words in MODES.items()]
