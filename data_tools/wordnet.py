@@ -22,7 +22,7 @@ from megatron_m3.errors import ConfigError, DataError, exit_on_user_error
 from megatron_m3.manifest import Manifest, atomic_folder, hash_file, is_finished, write_manifest
 
 KIND, SCHEMA = "texts", 1
-CORPUS = Path(__file__).parent.parent / "corpus" / "wordnet"
+CORPUS = Path(__file__).parent / "corpus" / "wordnet"
 SHORTEST_HELDOUT = 20
 """Characters; shorter glosses say too little to be scored."""
 NUM_PROMPTS = 4

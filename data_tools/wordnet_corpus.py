@@ -1,7 +1,7 @@
-"""Make the corpus that comes with the project, corpus/wordnet/entries.jsonl.gz, from WordNet's dictionary files.
+"""Make the corpus that comes with the project, data_tools/corpus/wordnet/entries.jsonl.gz, from WordNet's dictionary files.
 
     apt-get download wordnet-base && dpkg -x wordnet-base_*.deb unpacked
-    python -m data_tools.wordnet_corpus --source unpacked/usr/share/wordnet --output corpus/wordnet
+    python -m data_tools.wordnet_corpus --source unpacked/usr/share/wordnet --output data_tools/corpus/wordnet
 
 Same dictionary, same bytes.
 """
@@ -34,7 +34,7 @@ class Options:
 
     source: str
     """Folder with WordNet's data.noun."""
-    output: str = "corpus/wordnet"
+    output: str = "data_tools/corpus/wordnet"
     """Folder to write entries.jsonl.gz and LICENSE into."""
 
 

@@ -106,7 +106,7 @@ def steps(options: Options, run: Path) -> list[Step]:
         Step(f"memory bank, {options.bank_ranks} MPI processes",
              [str(Path(sys.executable).with_name("mpiexec")), "-n", str(options.bank_ranks),
               *tool("bank", "build", "--checkpoint", checkpoint, "--references", references, "--output", bank,
-                    "--codec", options.codec, "--codec-vectors", "60000")]),
+                    "--codec", options.codec)]),
         Step("generation with recall",
              tool("generate", "--checkpoint", checkpoint, "--bank", bank, "--references", references, "--index", index,
                   "--input", texts / "prompts.jsonl", "--max-new-tokens", "96")),
