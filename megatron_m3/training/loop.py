@@ -68,7 +68,7 @@ def train(config: Config) -> Summary:
 
 def train_in_world(config: Config, platform: Platform) -> Summary:
     """:func:`train` on processes that have joined their groups already."""
-    output = Path(config.training.output)
+    output, dataset = Path(config.training.output), TrainingDataset(config)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -79,7 +79,6 @@ def train_in_world(config: Config, platform: Platform) -> Summary:
         raise ConfigError(
             f"training.output={output}: holds checkpoints; choose another folder, or set checkpoint.resume=true to go on"
         )
-    dataset = TrainingDataset(config)
     with signals.Requests(output, watches_files=dist.get_rank() == 0) as requests:
         machinery = build_machinery(config, platform, tokenizer.prefix_ids(config.memory.prefix))
         loop = Loop(machinery, dataset, requests)

@@ -18,6 +18,7 @@ from megatron_m3.config import Config
 from megatron_m3.errors import ConfigError, UnsupportedError
 from megatron_m3.model.gpt import DTYPES, build_model
 from megatron_m3.platform import Platform
+from megatron_m3.platform.distributed import check_world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +57,9 @@ def check_run(config: Config, world_size: int) -> None:
         UnsupportedError: a combination that is refused by name.
     """
     parallel, training = config.parallel, config.training
-    for name, value in (("training.output", training.output), ("data.tokens", config.data.tokens),
-                        ("data.tokenizer", config.data.tokenizer)):
-        if not value:
-            raise ConfigError(f"{name}: give a folder")
-    if training.stage == "continual":
-        for name in ("references", "neighbours"):
-            if not getattr(config.data, name):
-                raise ConfigError(f"data.{name}: give a folder; the continual stage needs it")
+    if not training.output:
+        raise ConfigError("training.output: give the folder of the run")
+    check_world_size(parallel, world_size)
     data_size = world_size // (parallel.tensor * parallel.pipeline)
     if training.global_batch % (training.micro_batch * data_size):
         raise ConfigError(

@@ -90,12 +90,17 @@ def start_from(machinery: Machinery, folder: Path) -> None:
 
 
 def _restore_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Load settings, then states; the distributed optimizer's loader stumbles over the step counts of torch's AdamW."""
-    states = loaded.pop("param_state", None)
+    """Load settings and states around two gaps of megatron-core with torch's AdamW.
+
+    A step count of zero is not saved, and the distributed optimizer's loader stumbles over step counts.
+    """
+    [part] = optimizer.chained_optimizers
+    states, whole = loaded.pop("param_state", None), loaded.get("optimizer", loaded).get("state")
+    if whole is not None and isinstance(part.optimizer, torch.optim.AdamW):
+        whole.setdefault("common_step", torch.tensor(0.0))
     optimizer.load_state_dict(loaded)
     if states is None:
         return
-    [part] = optimizer.chained_optimizers
     counts = {parameter: state.pop("step") for parameter, state in part.optimizer.state.items() if "step" in state}
     part.load_parameter_state_from_fully_reshardable(states)
     for parameter, count in counts.items():

@@ -1,0 +1,161 @@
+import json
+import shutil
+
+import pytest
+
+from megatron_m3.config import from_dict
+from megatron_m3.config.schema import Config
+from megatron_m3.errors import ArtifactError, ConfigError, M3Error
+from megatron_m3.manifest import read_manifest
+
+WILD = {"optimizer__lr": 30, "schedule__style": "constant", "schedule__warmup_fraction": 0, "training__steps": 8,
+        "checkpoint__every": 1, "checkpoint__keep": 0, "guard__min_history": 1, "guard__spike_steps": 2}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith((".step", "step")))
+
+
+def test_run_leaves_checkpoints_settings_and_environment(run, tmp_path, capsys):
+    summary, records = run(training__steps=5, checkpoint__every=2, checkpoint__keep=2)
+    folder = tmp_path / "run"
+    assert (summary.finished, summary.step, summary.checkpoint) == (True, 5, folder / "step_0000005")
+    assert names(folder) == ["step_0000004", "step_0000005"]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert [record["sequences"] for record in records] == [4, 8, 12, 16, 20]
+    stored = from_dict(Config, json.loads((folder / "config.json").read_text()))
+    assert stored.training.steps == 5
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["optimizer"] == "torch AdamW"
+    assert environment["layout"]["tensor"] == 1
+    shown = capsys.readouterr().err
+    assert "optimizer torch AdamW" in shown
+    assert "step 5/5 100%" in shown
+
+
+def test_finished_run_is_left_as_it_is(run):
+    run(training__steps=2)
+    summary, records = run(training__steps=2)
+    assert (summary.finished, summary.loss, len(records)) == (True, None, 2)
+
+
+def test_longer_run_goes_on_from_the_finished_one(run):
+    run(training__steps=2)
+    summary, records = run(training__steps=4)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert summary.step == 4
+
+
+def test_training_learns(run):
+    _, records = run(training__steps=30, optimizer__lr=0.01, checkpoint__every=30)
+    assert records[-1]["loss"] < records[0]["loss"] - 1
+
+
+def test_continual_starts_from_warmup_weights(run, tmp_path):
+    run("warmup", training__steps=2)
+    run("continual", training__steps=1, training__stage="continual", training__init_from=tmp_path / "warmup",
+        checkpoint__every=1, checkpoint__keep=0)
+    warm = read_manifest(tmp_path / "warmup" / "step_0000002", "checkpoint", 1).settings
+    begun = read_manifest(tmp_path / "continual" / "step_0000000", "checkpoint", 1).settings
+    assert begun["weights_hash"] == warm["weights_hash"]
+    assert begun["training"]["position"] == 0
+
+
+def test_divergence_returns_to_a_trusted_checkpoint_and_training_recovers(run, tmp_path, capsys):
+    """A learning rate of 30 really diverges; a thousandth of it does not."""
+    summary, records = run(**WILD, guard__lr_factor=0.001)
+    [event] = [record for record in records if "event" in record]
+    assert event["to"] == 0, "the weights of step 1 were ruined before their loss was seen"
+    assert event["skipped"][0] == 4
+    steps = [record for record in records if "event" not in record]
+    assert [record["step"] for record in steps] == list(range(1, 9))
+    assert all(record["lr"] == pytest.approx(0.03) for record in steps)
+    assert [record["sequences"] for record in steps[:2]] == [4, event["skipped"][1] + 4]
+    assert summary.loss < 8
+    lines = [line for line in capsys.readouterr().err.splitlines() if "diverged" in line]
+    assert len(lines) == 1
+    assert "back to step 0" in lines[0]
+    assert "learning rate x 0.001" in lines[0]
+    guard = read_manifest(tmp_path / "run" / "step_0000008", "checkpoint", 1).settings["training"]["guard"]
+    assert (guard["rollbacks"], guard["skipped"]) == (1, [event["skipped"]])
+
+
+def test_returns_survive_a_crash_before_the_next_checkpoint(run, tmp_path):
+    run(**WILD, guard__lr_factor=0.001)
+    for step in range(1, 9):
+        shutil.rmtree(tmp_path / "run" / f"step_{step:07d}")
+    _, records = run(**WILD, guard__lr_factor=0.001)
+    assert len([record for record in records if "event" in record]) == 1, "it diverged again"
+    assert records[-1]["lr"] == pytest.approx(0.03)
+
+
+def test_endless_divergence_is_an_error(run):
+    with pytest.raises(M3Error, match=r"guard\.max_rollbacks=2.*lower optimizer\.lr") as caught:
+        run(**WILD, guard__lr_factor=1, guard__max_rollbacks=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_non_finite_gradients_return_at_once(run):
+    summary, records = run(**(WILD | {"optimizer__lr": 1e30}), guard__lr_factor=1e-32)
+    [event] = [record for record in records if "event" in record]
+    assert event["from"] == 2
+    assert summary.loss < 8
+
+
+def test_stop_file_saves_and_leaves(run, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STOP").touch()
+    summary, _ = run(training__steps=5)
+    assert (summary.finished, summary.step) == (False, 1)
+    assert "STOP: saved step 1" in capsys.readouterr().err
+    summary, records = run(training__steps=5)
+    assert (summary.finished, len(records)) == (True, 5)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"training__global_batch": 3, "training__micro_batch": 1, "parallel__tensor": 2}, r"parallel\.tensor=2.*processes"),
+    ({"training__output": ""}, r"training\.output: give the folder"),
+    ({"data__tokenizer": ""}, r"data\.tokenizer: give"),
+    ({"training__stage": "continual", "data__neighbours": ""}, r"data\.neighbours: give"),
+    ({"model__vocab_size": 256}, r"model\.vocab_size=256"),
+    ({"training__init_from": "/nowhere"}, r"/nowhere: no such folder"),
+])
+def test_impossible_settings_are_refused_in_one_line(run, overrides, message):
+    with pytest.raises(M3Error, match=message) as caught:
+        run(**overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_shape_are_refused(run, tmp_path):
+    run("first", training__steps=1)
+    with pytest.raises(ConfigError, match=r"model\.num_layers=2: the checkpoint .* has 4"):
+        run("second", model__num_layers=2, training__init_from=tmp_path / "first")
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("training__dtype", "bf16"), ("parallel__distributed_optimizer", True), ("training__stage", "continual"),
+    ("model__ffn_size", 128),
+])
+def test_going_on_as_another_run_is_refused(run, field, value):
+    run(training__steps=1)
+    with pytest.raises(ConfigError, match=field.replace("__", r"\.")):
+        run(training__steps=2, **{field: value})
+
+
+def test_output_of_another_run_is_refused_without_resume(run):
+    run(training__steps=1)
+    with pytest.raises(ConfigError, match=r"training\.output=.*holds checkpoints"):
+        run(training__steps=1, checkpoint__resume=False)
+
+
+def test_bf16_trains(run):
+    _, records = run(training__steps=20, training__dtype="bf16", optimizer__lr=0.01)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+
+
+def test_damaged_checkpoint_is_refused(run, tmp_path):
+    run(training__steps=1)
+    path = next((tmp_path / "run" / "step_0000001").glob("*.distcp"))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ArtifactError, match="bytes, the manifest says"):
+        run(training__steps=2)

@@ -1,0 +1,42 @@
+import math
+
+import pytest
+
+from megatron_m3.config import ScheduleConfig
+from megatron_m3.training.schedule import learning_rate, rate_factor
+
+
+def rates(steps, **fields):
+    return [rate_factor(step, steps, ScheduleConfig(**fields)) for step in range(steps)]
+
+
+def test_wsd_rises_stays_and_falls_over_the_last_tenth():
+    found = rates(100, style="wsd", warmup_fraction=0.05, decay_fraction=0.1, min_ratio=0.01)
+    assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert set(found[5:90]) == {1.0}
+    falls = [before - after for before, after in zip(found[89:], found[90:], strict=False)]
+    assert falls == pytest.approx([0.099] * 10)
+    assert found[-1] == pytest.approx(0.01)
+
+
+def test_cosine_is_half_way_down_in_the_middle():
+    found = rates(110, style="cosine", warmup_fraction=10 / 110, min_ratio=0.1)
+    assert found[9] == 1.0
+    assert found[10 + 49] == pytest.approx(0.1 + 0.9 / 2)
+    assert found[-1] == pytest.approx(0.1)
+    assert found[10 + 24] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_constant_stays():
+    assert rates(10, style="constant", warmup_fraction=0.2) == [0.5] + [1.0] * 9
+
+
+@pytest.mark.parametrize("style", ["wsd", "cosine", "constant"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 17])
+def test_few_steps_stay_within_bounds(style, steps):
+    for fields in ({}, {"warmup_fraction": 0.0}, {"warmup_fraction": 1.0}, {"decay_fraction": 1.0}):
+        assert all(0 < rate <= 1 for rate in rates(steps, style=style, **fields))
+
+
+def test_rate_is_a_share_of_the_highest():
+    assert learning_rate(50, 100, 4e-4, ScheduleConfig()) == 4e-4
