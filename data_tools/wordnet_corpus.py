@@ -1,4 +1,4 @@
-"""Make the corpus that comes with the project, data_tools/corpus/wordnet/entries.jsonl.gz, from WordNet's dictionary files.
+"""Make the corpus that comes with the project, entries.jsonl.gz, from WordNet's dictionary files.
 
     apt-get download wordnet-base && dpkg -x wordnet-base_*.deb unpacked
     python -m data_tools.wordnet_corpus --source unpacked/usr/share/wordnet --output data_tools/corpus/wordnet

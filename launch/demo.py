@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, M3Error, exit_on_user_error
+from megatron_m3.manifest import read_manifest
 
 MODES = {
     "none": "without memory",
@@ -160,11 +161,10 @@ def read_losses(run: Path, stage: str) -> list[tuple[int, float]]:
 
 def describe_bank(run: Path) -> dict[str, Any]:
     """What the bank costs on disk."""
-    from megatron_m3.memory.bank import MemoryBank
-
-    bank = MemoryBank.open(run / "bank")
-    return {"references": len(bank), "bytes_per_reference": bank.record_bytes,
-            "codec": bank.codec_name, "bytes": len(bank) * bank.record_bytes}
+    manifest = read_manifest(run / "bank", "bank", 1)
+    references, codec = manifest.settings["num_references"], manifest.settings["codec"]
+    size = sum(record["bytes"] for name, record in manifest.files.items() if name.startswith("shard_"))
+    return {"references": references, "codec": codec, "bytes_per_reference": size // references, "bytes": size}
 
 
 def summarise(options: Options, run: Path, seconds: dict[str, float]) -> dict[str, Any]:
