@@ -29,22 +29,29 @@ class UnsupportedError(M3Error):
     """A feature that this system refuses by name."""
 
 
+def user_message(error: BaseException) -> str | None:
+    """The one line that tells a user of ``error``; None where the error is not the user's but ours."""
+    if isinstance(error, M3Error):
+        return str(error)
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if error.errno in NO_SPACE:
+        return f"{error.filename or 'output'}: {error.strerror}; free space or choose another folder"
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else None
+
+
 def exit_on_user_error[T](main: Callable[[], T]) -> T:
     """Run ``main``; an :class:`M3Error` or a full disk becomes one line on stderr and exit status 2."""
     try:
         return main()
-    except M3Error as error:
-        message = str(error)
     except KeyboardInterrupt:
-        message = "interrupted"
+        message: str | None = "interrupted"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if error.errno is None or (error.filename is None and error.errno not in NO_SPACE):
+    except (M3Error, OSError) as error:
+        message = user_message(error)
+        if message is None:
             raise
-        message = f"{error.filename or 'output'}: {error.strerror}" + (
-            "; free space or choose another folder" if error.errno in NO_SPACE else ""
-        )
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

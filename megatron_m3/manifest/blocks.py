@@ -87,7 +87,7 @@ class BlockFolder:
         """Write block ``index`` atomically: the arrays, then its record."""
         self.write_bytes(index, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}), info)
 
-    def write_bytes(self, index: int, data: bytes, info: Mapping[str, Any] | None = None) -> None:
+    def write_bytes(self, index: int, data: bytes | bytearray, info: Mapping[str, Any] | None = None) -> None:
         """Write block ``index`` atomically as the bytes ``data``, then its record."""
         path = self.folder / self.name(index)
         with atomic_path(path) as temporary:

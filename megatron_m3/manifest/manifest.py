@@ -66,6 +66,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing to an open file fails without a name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,0 +1,89 @@
+"""`m3 bank build`: write the memory bank of a checkpoint, alone or under MPI.
+
+    m3 bank build --checkpoint run --references references --output bank
+    mpiexec -n 8 python -m launch.build_bank --checkpoint run --references references --output bank --codec auto
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_m3.config import parse
+from megatron_m3.config.bank import BankConfig
+from megatron_m3.errors import M3Error, UnsupportedError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from megatron_m3.model.checkpoint import LoadedModel
+
+FOR_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+LAUNCHER = ("RANK", "WORLD_SIZE")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, build together with the other ranks, and print a line about the bank; errors are told by one rank."""
+    for name in FOR_ONE_THREAD:  # sums depend on the number of threads; parallelism is the ranks' business
+        os.environ[name] = "1"
+    wrong: M3Error | None = None
+    try:
+        options = parse(BankConfig, argv, "m3 bank build", __doc__ or "")
+    except M3Error as error:
+        wrong = error
+    comm = _world()
+    try:
+        if wrong is not None:
+            raise wrong
+        line = _build(options, comm)
+    except M3Error:
+        if comm.rank == 0:
+            raise
+        sys.exit(2)
+    except BaseException:
+        traceback.print_exc()
+        comm.Abort(1)
+    if line:
+        print(line)
+
+
+def _world() -> Any:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedError(f"mpi4py: no MPI library ({reason}); install requirements.txt") from None
+    return MPI.COMM_WORLD
+
+
+def _build(options: BankConfig, comm: Any) -> str | None:
+    import torch
+    import torch.distributed as dist
+    from mpi4py import MPI
+
+    torch.set_num_threads(1)
+    local_rank = comm.Split_type(MPI.COMM_TYPE_SHARED).rank
+    os.environ["LOCAL_RANK"] = str(local_rank % max(1, torch.cuda.device_count()))
+    for name in LAUNCHER:  # each rank is a world of its own to torch.distributed
+        os.environ.pop(name, None)
+    from megatron_m3.platform import select
+
+    select()
+    from megatron_m3.memory.build import build_bank
+    from megatron_m3.platform.distributed import shut_down
+
+    had_world = dist.is_initialized()
+    line = build_bank(options, comm, _load)
+    if not had_world:
+        shut_down()
+    return line
+
+
+def _load(folder: Path) -> "LoadedModel":
+    from megatron_m3.model.checkpoint import load_model
+
+    return load_model(folder)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

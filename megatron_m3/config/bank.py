@@ -1,0 +1,41 @@
+"""Settings of a bank build."""
+
+from dataclasses import dataclass
+
+from megatron_m3.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankConfig:
+    """What to write, from what, and how it is compressed."""
+
+    checkpoint: str
+    """Checkpoint, or the folder of a run, whose newest one is taken."""
+    references: str
+    """Folder of the knowledge base, made by `m3 data references`."""
+    output: str
+    """Folder of the bank; an unfinished one goes on."""
+    codec: str = "auto"
+    """none, auto (the paper's 14 bytes a vector if the sample suffices, else a smaller construction), or a FAISS
+    factory string such as OPQ20_80,Residual2x14,PQ8x10."""
+    codec_sample: int = 1024
+    """References, drawn uniformly, that the codec is trained on."""
+    codec_shared: bool = False
+    """One codebook for keys and values together instead of one for each."""
+    seed: int = 0
+    """Draw of the codec's sample."""
+    memory_layers: str | None = None
+    """Memory layers instead of the checkpoint's: first-half, all, or ranges such as 8-24."""
+    memory_tokens: str | None = None
+    """Kept tokens instead of the checkpoint's: a number, or all."""
+    block_size: int = 1024
+    """References in a shard, the piece of work of a rank."""
+    batch_tokens: int = 8192
+    """Most tokens, padding included, in one forward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("codec_sample", "block_size", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must be 0 or more")

@@ -1,0 +1,214 @@
+"""Building a bank with MPI: ranks take the missing blocks of references, one after another, from a shared counter.
+
+What a rank computes depends on the block alone, and every rank computes on one thread, so any number of ranks gives
+the same bytes. The ranks share one folder on a file system that all of them see.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_m3.config import replace_fields
+from megatron_m3.config.bank import BankConfig
+from megatron_m3.errors import ArtifactError, ConfigError, DataError, M3Error
+from megatron_m3.manifest import Manifest, read_manifest, write_manifest
+from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, ShardFolder
+from megatron_m3.memory.codec import Codec, train_codec
+from megatron_m3.memory.encode import encode_references
+from megatron_m3.memory.types import ExplicitMemories
+from megatron_m3.memory.work import SharedWork, agree
+from megatron_m3.model.checkpoint import LoadedModel
+from megatron_m3.platform.progress import Progress
+from megatron_m3.references import ReferenceStore
+
+GROUP = 128
+"""References whose memories are in RAM at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankJob:
+    """One bank to be built: its inputs, opened and checked."""
+
+    options: BankConfig
+    loaded: LoadedModel
+    references: ReferenceStore
+
+    @classmethod
+    def open(cls, options: BankConfig, load: Callable[[Path], LoadedModel]) -> "BankJob":
+        """Read the model and the references, and check that they go together.
+
+        Raises:
+            M3Error: they do not, or one of them cannot be read.
+        """
+        references = ReferenceStore.open(options.references)
+        loaded = load(Path(options.checkpoint))
+        if references.tokenizer_hash != loaded.tokenizer.hash:
+            raise ArtifactError(f"{options.references}: made with another tokenizer than {options.checkpoint} "
+                                f"({references.tokenizer_hash[:12]}, not {loaded.tokenizer.hash[:12]}); make the "
+                                "references again with the checkpoint's")
+        if not len(references):
+            raise DataError(f"{options.references}: holds no reference")
+        given = {"memory.layers": options.memory_layers, "memory.tokens": options.memory_tokens}
+        config = replace_fields(loaded.config, {name: text for name, text in given.items() if text is not None})
+        if references.reference_length > config.memory.reference_length:
+            raise ConfigError(f"{options.references}: references of up to {references.reference_length} tokens, the "
+                              f"checkpoint was trained with {config.memory.reference_length}; make them again with "
+                              f"--reference-length {config.memory.reference_length}")
+        return cls(options=options, loaded=replace(loaded, config=config), references=references)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Hashes of what the bank is made from."""
+        return {"checkpoint": self.loaded.weights_hash, "tokenizer": self.loaded.tokenizer.hash,
+                "references": self.references.hash}
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """All that decides the bank's bytes, as JSON values."""
+        options, config = self.options, self.loaded.config
+        names = ("codec", "codec_sample", "codec_shared", "seed", "block_size", "batch_tokens")
+        shape = {"layers": config.memory_layers, "tokens": config.memory.num_kept_tokens,
+                 "selection": config.memory.selection, "prefix": config.memory.prefix, "dtype": config.training.dtype}
+        return {"kind": KIND, "schema": SCHEMA, "inputs": self.inputs,
+                "settings": shape | {name: getattr(options, name) for name in names}}
+
+    def settings(self, codec: Codec) -> BankSettings:
+        """The settings that the bank will say of itself."""
+        model, memory = self.loaded.config.model, self.loaded.config.memory
+        return BankSettings(
+            num_references=len(self.references), block_size=self.options.block_size,
+            memory_layers=self.loaded.config.memory_layers, num_kept_tokens=memory.num_kept_tokens,
+            selection=memory.selection, prefix=memory.prefix, reference_length=memory.reference_length,
+            num_kv_heads=model.num_kv_heads, head_size=model.head_size, codec=codec.name, code_bytes=codec.code_bytes,
+        )
+
+    def encode(self, ids: np.ndarray | range) -> ExplicitMemories:
+        """Memories of some references."""
+        tokens, lengths = self.references.tokens(np.asarray(ids))
+        return encode_references(self.loaded, tokens, lengths, batch_tokens=self.options.batch_tokens)
+
+
+def build_bank(options: BankConfig, comm: Any, load: Callable[[Path], LoadedModel]) -> str | None:
+    """Write the bank together with the other ranks of ``comm``; every rank calls this.
+
+    Args:
+        options: of the job, the same on every rank.
+        comm: MPI communicator.
+        load: reads a checkpoint into this process alone.
+
+    Returns:
+        A line about the finished bank on rank 0, None elsewhere.
+
+    Raises:
+        M3Error: the same on all ranks, whichever met it.
+    """
+    with agree(comm):
+        job = BankJob.open(options, load)
+    folder = _open_folder(job, comm)
+    codec = _prepare_codec(job, comm, folder)
+    settings = job.settings(codec)
+    missing = folder.missing(settings.num_blocks)
+    num_missing = sum(len(settings.block(index)) for index in missing)
+    _check_space(comm, folder.folder, num_missing * settings.record.record_bytes)
+    _write_blocks(job, comm, folder, codec, settings, missing)
+    if comm.rank:
+        return None
+    _finish(job, folder, settings, Codec.load(folder.folder / CODEC)[1])
+    total = len(job.references) * settings.record.record_bytes
+    return (f"{options.output}: {len(job.references):,} memories of {settings.record.record_bytes:,} bytes, "
+            f"{total / 2**20:,.1f} MiB, codec {codec.name} ({codec.code_bytes} bytes a vector)")
+
+
+def _open_folder(job: BankJob, comm: Any) -> ShardFolder:
+    """The bank's folder, begun by rank 0 and cleared of what killed processes left half-written."""
+    output = Path(job.options.output)
+    with agree(comm):
+        if comm.rank == 0:
+            if output.exists() and not output.is_dir():
+                raise ArtifactError(f"{output}: is a file; choose another folder")
+            ShardFolder(output, job.key)
+            for left in output.glob("**/.*.tmp"):
+                left.unlink()
+    return ShardFolder(output, job.key)
+
+
+def _prepare_codec(job: BankJob, comm: Any, folder: ShardFolder) -> Codec:
+    """The codec: one that an earlier run trained, or a new one, trained by rank 0 on memories that all ranks encode."""
+    place = folder.folder / CODEC
+    if not comm.bcast((place / "manifest.json").exists() if comm.rank == 0 else None):
+        head_size, dtype = job.loaded.config.model.head_size, job.loaded.config.training.dtype
+        sample = _encode_sample(job, comm) if job.options.codec != "none" else None
+        with agree(comm):
+            if comm.rank == 0:
+                codec = Codec.none(head_size, dtype)
+                if sample is not None:
+                    codec = train_codec(job.options.codec, sample, dtype=dtype, shared=job.options.codec_shared)
+                    key, value = codec.errors(sample)
+                    print(f"codec {codec.name}: {codec.code_bytes} bytes for {head_size} numbers, squared error "
+                          f"{key:.4f} of keys, {value:.4f} of values", flush=True)
+                shutil.rmtree(place, ignore_errors=True)
+                codec.save(place, {name: job.inputs[name] for name in ("checkpoint", "references")})
+    with agree(comm):
+        return Codec.load(place)[0]
+    raise AssertionError("agree raises what the block did")
+
+
+def _encode_sample(job: BankJob, comm: Any) -> ExplicitMemories | None:
+    """Memories of the codec's sample, on rank 0: groups of it are shared out in turn and put together in order."""
+    count = min(job.options.codec_sample, len(job.references))
+    ids = np.sort(np.random.default_rng(job.options.seed).choice(len(job.references), count, replace=False))
+    groups = [ids[first : first + GROUP] for first in range(0, count, GROUP)]
+    mine = []
+    with agree(comm), Progress("codec sample", count, "references", enabled=comm.rank == 0) as progress:
+        for group in groups[comm.rank :: comm.size]:
+            mine.append(job.encode(group))
+            progress.advance(min(len(group) * comm.size, count - progress.count))
+    gathered = comm.gather(mine)
+    if gathered is None:
+        return None
+    return ExplicitMemories.concatenate([gathered[index % comm.size][index // comm.size]
+                                         for index in range(len(groups))])
+
+
+def _check_space(comm: Any, folder: Path, needed: int) -> None:
+    with agree(comm):
+        free = shutil.disk_usage(folder).free
+        if comm.rank == 0 and needed > free:
+            raise M3Error(f"{folder}: no disk space: {needed:,} bytes needed, {free:,} free; free space or choose "
+                          "another folder")
+
+
+def _write_blocks(
+    job: BankJob, comm: Any, folder: ShardFolder, codec: Codec, settings: BankSettings, missing: list[int]
+) -> None:
+    """Take missing blocks until there are none; rank 0 shows the progress of all."""
+    total, shows = sum(len(settings.block(index)) for index in missing), comm.rank == 0 and len(missing) > 0
+
+    def show() -> None:
+        if shows:
+            progress.advance(work.done() - progress.count)
+
+    def write(place: int) -> None:
+        ids, shard = settings.block(missing[place]), bytearray()
+        for first in range(0, len(ids), GROUP):
+            memories = job.encode(ids[first : first + GROUP])
+            shard += settings.record.pack(codec.encode(memories), memories.positions, memories.num_kept).tobytes()
+            work.add_done(len(memories))
+            show()
+        folder.write_bytes(missing[place], shard)
+
+    with SharedWork(comm, len(missing)) as work, Progress("bank", total, "references", enabled=shows) as progress:
+        work.run(write, show)
+        show()
+
+
+def _finish(job: BankJob, folder: ShardFolder, settings: BankSettings, codec_hash: str) -> None:
+    """Write the manifest, unless it is there already."""
+    codec_files = read_manifest(folder.folder / CODEC, "codec", 1).files
+    files = folder.files(settings.num_blocks) | {f"{CODEC}/{name}": entry for name, entry in codec_files.items()}
+    write_manifest(folder.folder, Manifest(kind=KIND, schema=SCHEMA, inputs=job.inputs | {"codec": codec_hash},
+                                           settings=asdict(settings), files=files))

@@ -1,0 +1,187 @@
+"""The bank build with real MPI processes: any number of ranks, killed or not, gives the same bytes."""
+
+import dataclasses
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from megatron_m3.errors import ArtifactError, M3Error
+from tests.knowledge import build_knowledge
+from tests.launcher import ROOT, run_command
+from tests.tiny_model import joined_world, tiny_model
+
+NUM_REFERENCES = 600
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A checkpoint and a knowledge base."""
+    from megatron_m3.model.checkpoint import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("bank_build")
+    with joined_world():
+        loaded = tiny_model(folder)
+        data = dataclasses.replace(loaded.config.data, tokenizer=str(folder / "tokenizer"))
+        save_checkpoint(folder / "run", 1, [loaded.model], dataclasses.replace(loaded.config, data=data))
+    build_knowledge(folder, folder / "tokenizer", count=NUM_REFERENCES, words=7, reference_length=16)
+    return folder
+
+
+def command(inputs: Path, output: Path, ranks: int, *more: str) -> list[str]:
+    options = {"checkpoint": inputs / "run", "references": inputs / "references", "output": output} | dict(
+        zip(more[::2], more[1::2], strict=True)
+    )
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [str(Path(sys.executable).with_name("mpiexec")), "-n", str(ranks), sys.executable, "-m", "launch.build_bank",
+            *words]
+
+
+def build(inputs: Path, output: Path, ranks: int, *more: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    return run_command(command(inputs, output, ranks, *more), timeout=120, expect=expect)
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def built(inputs):
+    """A bank built by one rank."""
+    build(inputs, inputs / "one", 1, "block-size", "16", "codec-sample", "400")
+    return inputs / "one"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_gives_the_same_bytes(inputs, built, tmp_path, ranks):
+    done = build(inputs, tmp_path / "bank", ranks, "block-size", "16", "codec-sample", "400")
+    assert digest(tmp_path / "bank") == digest(built)
+    assert done.stdout.count("memories of") == 1
+
+
+def test_a_bank_holds_what_the_model_writes(inputs, built):
+    from megatron_m3.memory import MemoryBank, encode_references
+    from megatron_m3.model.checkpoint import load_model
+    from megatron_m3.references import ReferenceStore
+
+    with joined_world():
+        loaded = load_model(inputs / "run")
+        bank = MemoryBank.open(built, weights_hash=loaded.weights_hash, tokenizer_hash=loaded.tokenizer.hash)
+        ids = np.random.default_rng(0).permutation(NUM_REFERENCES)[:50]
+        fresh = encode_references(loaded, *ReferenceStore.open(inputs / "references").tokens(ids))
+    read = bank.read(ids)
+    assert bank.codec_name == "Residual2x6,PQ16x6"
+    assert (read.positions == fresh.positions).all()
+    assert (read.num_kept == fresh.num_kept).all()
+    error = (read.kv - fresh.kv).square().sum() / fresh.kv.square().sum()
+    assert 0 < error < 0.05
+
+
+def test_a_killed_build_goes_on_to_the_same_bytes(inputs, built, tmp_path):
+    output, job = tmp_path / "bank", ("block-size", "16", "codec-sample", "400")
+    running = subprocess.Popen(command(inputs, output, 2, *job), cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    wait_until(lambda: len(list(output.glob("shard_*.bin"))) >= 3 or running.poll() is not None)
+    ranks = [child for child in psutil.Process(running.pid).children(recursive=True)
+             if "launch.build_bank" in child.cmdline() and "python" in child.name()]
+    ranks[-1].send_signal(signal.SIGKILL)
+    assert running.wait(60) != 0
+    left = len(list(output.glob("shard_*.bin")))
+    assert 3 <= left < len(list(built.glob("shard_*.bin")))
+    assert not (output / "manifest.json").exists()
+    # a shard counts as done when its record stands beside it
+    finished = [path.with_suffix(".bin") for path in output.glob("shard_*.json")]
+    before = {path: path.stat().st_mtime_ns for path in finished}
+    assert before
+    build(inputs, output, 2, *job)
+    assert digest(output) == digest(built)
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+
+
+def wait_until(condition, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_removed_shard_is_written_again(inputs, built, tmp_path):
+    output = tmp_path / "bank"
+    subprocess.run(["cp", "-r", str(built), str(output)], check=True)
+    (output / "shard_000003.bin").unlink()
+    alone(inputs, output, "block-size", "16", "codec-sample", "400")
+    assert digest(output) == digest(built)
+
+
+def alone(inputs: Path, output: Path, *more: str) -> None:
+    """The same job in this process."""
+    from launch.build_bank import main
+
+    words = command(inputs, output, 1, *more)
+    with joined_world():
+        main(words[words.index("launch.build_bank") + 1 :])
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (("codec", "PQ7x8"), "no standalone codec of it for head size 16"),
+    (("codec", "nonsense"), "no standalone codec"),
+    (("block-size", "0"), "block_size=0: must be at least 1"),
+    (("memory-layers", "3-9"), "memory.layers=3-9: the model has layers 0-3"),
+    (("checkpoint", "/nowhere"), "/nowhere: no such folder"),
+])
+def test_a_mistake_is_named(inputs, tmp_path, more, said):
+    with pytest.raises(M3Error) as error:
+        alone(inputs, tmp_path / "bank", *more)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("bank/shard_*"))
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (("codec", "Residual2x14,PQ8x10"), "needs 638,976 keys to train on, the sample of 600 references has"),
+    (("output", "/proc/bank"), "/proc/bank"),
+])
+def test_a_mistake_is_one_line_and_status_2_on_all_ranks(inputs, tmp_path, more, said):
+    done = build(inputs, tmp_path / "bank", 2, *more, expect=2)
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("bank/shard_*"))
+
+
+def test_references_of_another_tokenizer_are_refused(inputs, tmp_path):
+    from megatron_m3.tokenizer import train_tokenizer
+
+    train_tokenizer(["another text altogether"] * 9, 300, tmp_path / "tokenizer")
+    build_knowledge(tmp_path, tmp_path / "tokenizer", count=4, words=5, reference_length=16)
+    with pytest.raises(ArtifactError, match="made with another tokenizer"):
+        alone(inputs, tmp_path / "bank", "references", str(tmp_path / "references"))
+    assert not (tmp_path / "bank").exists()
+
+
+def test_a_folder_of_another_job_is_refused_and_left_alone(inputs, built):
+    before = digest(built)
+    with pytest.raises(ArtifactError, match="made from other inputs or settings"):
+        alone(inputs, built, "block-size", "32")
+    assert digest(built) == before
+
+
+def test_a_full_disk_stops_all_ranks(inputs, tmp_path):
+    """The limit on file size stands for the full disk; the only shard has 9.9 MB."""
+    job = command(inputs, tmp_path / "bank", 2, "codec", "none", "memory-layers", "all", "memory-tokens", "all")
+    limited = ["bash", "-c", f"ulimit -f 8000; exec {' '.join(job)}"]
+    done = run_command(limited, timeout=120, expect=2)
+    assert "shard_" in done.stderr
+    assert "free space" in done.stderr
+    assert not list(tmp_path.glob("bank/*shard_*"))
+    assert not (tmp_path / "bank" / "manifest.json").exists()
