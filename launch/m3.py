@@ -40,6 +40,8 @@ JOBS: dict[str, tuple[Job, ...]] = {
     ),
     "Memory": (
         _job("bank build", "launch.build_bank", "write the memory bank of a checkpoint (run it under mpiexec)"),
+        _job("bank inspect", "launch.inspect_bank", "show what a bank holds, or one reference's memory"),
+        _job("bank verify", "launch.verify_bank", "check every checksum of a bank"),
     ),
     "Inference": (
         _job("generate", "launch.generate", "generate with recall every 64 tokens, showing the references read"),

@@ -1,0 +1,94 @@
+"""`m3 bank inspect`: what a bank holds; with a reference, its text and the tokens that each layer and head kept.
+
+    m3 bank inspect --bank bank
+    m3 bank inspect --bank bank --references references --tokenizer tokenizer --reference 42
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_m3.config import parse
+from megatron_m3.errors import ConfigError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from megatron_m3.memory.bank import MemoryBank
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Which bank, and which reference of it."""
+
+    bank: str
+    """Folder of the bank."""
+    reference: int | None = None
+    """Id of one reference whose memory is shown; none shows the bank as a whole."""
+    references: str = ""
+    """Folder of the knowledge base, for the reference's text."""
+    tokenizer: str = ""
+    """Folder of the tokenizer, for the reference's tokens."""
+    json: bool = False
+    """Print JSON: what the bank says of itself."""
+
+    def __post_init__(self) -> None:
+        if self.reference is not None and not (self.references and self.tokenizer):
+            missing = "tokenizer" if self.references else "references"
+            raise ConfigError(f"{missing}: missing; --reference needs --references and --tokenizer")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Show a bank, or the memory of one reference."""
+    options = parse(InspectOptions, argv, "m3 bank inspect", __doc__ or "")
+    from megatron_m3.platform import select
+
+    select()
+    from megatron_m3.memory.bank import MemoryBank
+
+    bank = MemoryBank.open(options.bank)
+    if options.reference is not None:
+        print("\n".join(describe_reference(bank, options)))
+    elif options.json:
+        json.dump(bank_facts(bank), sys.stdout, indent=2)
+        print()
+    else:
+        print("\n".join(f"{name:<20}{value}" for name, value in bank_facts(bank).items()))
+
+
+def bank_facts(bank: "MemoryBank") -> dict[str, object]:
+    """What a bank says of itself, and its size."""
+    settings = dataclasses.asdict(bank.settings)
+    settings["memory_layers"] = ",".join(map(str, bank.settings.memory_layers))
+    size = {"record_bytes": bank.record_bytes, "bytes": bank.record_bytes * len(bank), "hash": bank.hash}
+    return settings | size | {f"{role}_hash": value for role, value in bank.manifest.inputs.items()}
+
+
+def describe_reference(bank: "MemoryBank", options: InspectOptions) -> Iterator[str]:
+    """The reference's text, then for every layer and head its tokens with the kept ones in brackets, and norms."""
+    from megatron_m3.manifest import check_input
+    from megatron_m3.references import ReferenceStore
+    from megatron_m3.tokenizer import Tokenizer
+
+    assert options.reference is not None
+    references, tokenizer = ReferenceStore.open(options.references), Tokenizer.load(options.tokenizer)
+    check_input(bank.folder, bank.manifest, "references", references.hash)
+    check_input(bank.folder, bank.manifest, "tokenizer", tokenizer.hash)
+    memory = bank.read([options.reference])
+    tokens, lengths = references.tokens([options.reference])
+    words = [tokenizer.decode([token]) for token in tokens[0, : lengths[0]]]
+    document, first_token = references.source(options.reference)
+    yield f"reference {options.reference}, document {document}, from token {first_token}, {len(words)} tokens:"
+    yield references.text(options.reference)
+    norms = memory.kv[0, ..., : int(memory.num_kept[0]), :].norm(dim=-1).mean(-1)
+    for place, layer in enumerate(bank.settings.memory_layers):
+        for head in range(bank.settings.num_kv_heads):
+            kept = set(memory.kept_positions(0)[place, head].tolist())
+            text = "".join(f"[{word}]" if at in kept else word for at, word in enumerate(words)).replace("\n", " ")
+            key, value = norms[place, :, head].tolist()
+            yield f"layer {layer} head {head}  |key| {key:.2f} |value| {value:.2f}  {text}"
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,152 @@
+"""Codecs: training is deterministic, too little data is refused by name, and `auto` takes what the data allow."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_m3.errors import ArtifactError, ConfigError, M3Error
+
+
+def fake_memories(count, head_size=16, seed=0):
+    """Memories of random numbers, keys larger than values; 2 layers, 2 heads, 4 tokens."""
+    from megatron_m3.memory import ExplicitMemories
+
+    generator = torch.Generator().manual_seed(seed)
+    kv = torch.randn(count, 2, 2, 2, 4, head_size, generator=generator) * torch.linspace(0.1, 1, head_size)
+    kv[:, :, 0] *= 10
+    return ExplicitMemories(kv=kv, positions=torch.zeros(count, 2, 2, 4, dtype=torch.int16),
+                            num_kept=torch.full((count,), 4, dtype=torch.int32))
+
+
+def test_the_papers_codec_is_14_bytes():
+    from megatron_m3.memory.codec import choose_factory
+    from megatron_m3.ops.codec import vectors_needed
+    from megatron_m3.ops.codec.reference import make_index
+
+    assert choose_factory(80, 638_976) == "OPQ20_80,Residual2x14,PQ8x10"
+    assert make_index("OPQ20_80,Residual2x14,PQ8x10", 80).sa_code_size() == 14
+    assert vectors_needed("OPQ20_80,Residual2x14,PQ8x10") == 638_976
+
+
+@pytest.mark.parametrize(("head_size", "count", "factory", "size"), [
+    (32, 700_000, "OPQ8_32,Residual2x14,PQ8x10", 14), (32, 10_000, "Residual2x8,PQ16x6", 14),
+    (40, 10_000, "Residual2x8,PQ8x8", 10), (32, 2_496, "Residual2x6,PQ16x6", 14), (32, 100, "SQ4", 16),
+    (6, 10_000_000, "SQ4", 3),
+])
+def test_auto_takes_what_the_data_allow(head_size, count, factory, size):
+    from megatron_m3.memory.codec import choose_factory
+    from megatron_m3.ops.codec.reference import make_index
+
+    assert choose_factory(head_size, count) == factory
+    assert make_index(factory, head_size).sa_code_size() == size
+
+
+@pytest.mark.parametrize(("factory", "needed"), [
+    ("PQ8", 9984), ("PQ8x4", 624), ("OPQ8_32,PQ16x6", 9984), ("RQ4x6", 2496), ("SQ8", 1), ("IVF300,PQ4x4", 11700),
+    ("Residual2x10,PQ8x6", 39936), ("PRQ2x3x7", 4992), ("PCAR16,SQ4", 1),
+])
+def test_vectors_needed_follow_the_largest_codebook(factory, needed):
+    from megatron_m3.ops.codec import vectors_needed
+
+    assert vectors_needed(factory) == needed
+
+
+def test_training_gives_the_same_bytes_whatever_the_threads():
+    import faiss
+
+    from megatron_m3.memory import train_codec
+
+    sample, threads = fake_memories(700), faiss.omp_get_max_threads()
+    try:
+        codecs = []
+        for count in (1, 2):
+            faiss.omp_set_num_threads(count)
+            codecs.append(train_codec("RQ4x5", sample))
+            assert faiss.omp_get_max_threads() == count
+    finally:
+        faiss.omp_set_num_threads(threads)
+    assert codecs[0].key.to_bytes() == codecs[1].key.to_bytes()
+    assert codecs[0].value.to_bytes() == codecs[1].value.to_bytes()
+    assert codecs[0].key.to_bytes() != codecs[0].value.to_bytes()
+
+
+def test_two_codebooks_keep_values_better_than_one():
+    from megatron_m3.memory import train_codec
+
+    sample = fake_memories(700)
+    apart, shared = train_codec("PQ8x4", sample), train_codec("PQ8x4", sample, shared=True)
+    assert shared.is_shared
+    assert not apart.is_shared
+    assert apart.errors(sample)[1] < 0.5 * shared.errors(sample)[1]
+
+
+@pytest.mark.parametrize("name", ["PQ8x4", "none", "SQ8"])
+def test_a_saved_codec_is_the_codec(tmp_path, name):
+    from megatron_m3.memory import Codec, train_codec
+
+    sample = fake_memories(700)
+    codec = train_codec(name, sample, dtype="bf16")
+    saved = codec.save(tmp_path / "codec", {})
+    loaded, hash = Codec.load(tmp_path / "codec")
+    assert (hash, loaded.name, loaded.code_bytes) == (saved, codec.name, codec.code_bytes)
+    assert np.array_equal(loaded.encode(sample), codec.encode(sample))
+    assert torch.equal(loaded.round_trip(sample).kv, codec.round_trip(sample).kv)
+
+
+def test_a_damaged_codec_is_refused(tmp_path):
+    from megatron_m3.memory import Codec, train_codec
+
+    train_codec("SQ8", fake_memories(9)).save(tmp_path / "codec", {})
+    path = tmp_path / "codec" / "keys.faiss"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"keys.faiss: checksum differs"):
+        Codec.load(tmp_path / "codec")
+
+
+def test_raw_codecs_keep_the_numbers():
+    from megatron_m3.memory import Codec
+
+    sample = fake_memories(5)
+    assert torch.equal(Codec.none(16, "fp32").round_trip(sample).kv, sample.kv)
+    assert torch.equal(Codec.none(16, "bf16").round_trip(sample).kv, sample.kv.bfloat16().float())
+    assert (Codec.none(16, "fp32").code_bytes, Codec.none(16, "bf16").code_bytes) == (64, 32)
+
+
+def test_empty_slots_are_zero_and_teach_nothing():
+    from megatron_m3.memory import train_codec
+
+    sample = fake_memories(300)
+    short = dataclasses.replace(sample, num_kept=torch.full((300,), 2, dtype=torch.int32))
+    assert short.vectors(0).shape == (300 * 2 * 2 * 2, 16)
+    out = train_codec("SQ8", short).round_trip(short)
+    assert (out.kv[..., 2:, :] == 0).all()
+    assert (out.kv[..., :2, :] != 0).any()
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("Residual2x14,PQ8x10", r"codec=Residual2x14,PQ8x10: needs 638,976 keys .* of 9 references has 144"),
+    ("PQ7x8", r"codec=PQ7x8: FAISS makes no standalone codec of it for head size 16"),
+    ("HNSW32", r"codec=HNSW32: FAISS makes no standalone codec"),
+    ("nonsense", r"codec=nonsense: FAISS makes no standalone codec"),
+])
+def test_an_impossible_codec_is_refused_by_name(name, said):
+    from megatron_m3.memory import train_codec
+
+    with pytest.raises(ConfigError, match=said) as error:
+        train_codec(name, fake_memories(9))
+    assert "\n" not in str(error.value)
+
+
+def test_memories_that_are_not_finite_are_refused():
+    from megatron_m3.memory import Codec, train_codec
+
+    sample = fake_memories(300)
+    sample.kv[7, 0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(M3Error, match="not finite"):
+        train_codec("SQ8", sample)
+    with pytest.raises(M3Error, match="not finite"):
+        Codec.none(16).encode(sample)
