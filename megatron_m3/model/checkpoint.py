@@ -6,6 +6,7 @@ A checkpoint is written to a hidden folder that gets its name when everything is
 place in the global model, so that a checkpoint of one layout is read by any other.
 """
 
+import itertools
 import queue
 import re
 import shutil
@@ -146,18 +147,24 @@ def save_checkpoint(output: Path, step: int, models: Sequence[Any], config: Conf
     return folder
 
 
-def load_state(folder: Path, sharded: dict[str, Any]) -> dict[str, Any]:
-    """Read what ``sharded`` describes from a checkpoint; tensors are filled in place where they can be.
+def load_state(folder: Path, sharded: dict[str, Any], *, whole: bool = False) -> dict[str, Any]:
+    """Read what ``sharded`` describes from a checkpoint; a collective.
+
+    Args:
+        folder: the checkpoint.
+        sharded: what to read, as dist_checkpointing takes it.
+        whole: verify the checksums of all files, else not those of the tensors.
 
     Raises:
         ArtifactError: a file is missing or damaged, or lacks something asked for.
     """
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    read_checkpoint(folder)
+    _check_checksums(folder, lambda name: whole or not name.endswith(".distcp"))
     try:
         return dist_checkpointing.load(sharded, str(folder))
-    except Exception as error:  # dist_checkpointing raises whatever the damaged bytes provoke
+    except (Exception, CheckpointException) as error:  # whatever damaged bytes provoke; the latter is no Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"{folder}: cannot be read ({reason[:200]}); take another checkpoint") from error
 
@@ -273,6 +280,16 @@ def _reason(error: BaseException) -> str:
     """The disk's own words, from wherever they are in the report of dist_checkpointing."""
     found = re.search(r"\[Errno \d+\] ([^:'\"\n]+)", str(error))
     return found[1] if found else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _check_checksums(folder: Path, wanted: Callable[[str], bool]) -> None:
+    """Check the checksums of the files whose name is ``wanted``, shared out over the processes; all raise alike."""
+    manifest = read_checkpoint(folder)
+    names = sorted(filter(wanted, manifest.files))[dist.get_rank() :: dist.get_world_size()]
+    damaged: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(damaged, [name for name in names if hash_file(folder / name) != manifest.files[name]])
+    for name in itertools.chain.from_iterable(damaged):
+        raise ArtifactError(f"{folder / name}: checksum differs from the manifest; take another checkpoint")
 
 
 def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -66,7 +66,7 @@ def load_run(machinery: Machinery, folder: Path) -> RunState:
     same_layout = tuple(training["layout"]) == layout
     if same_layout:
         sharded["generators"] = _generators(layout)
-    loaded = load_state(folder, sharded)
+    loaded = load_state(folder, sharded, whole=True)
     for index, model in enumerate(machinery.models):
         model.load_state_dict(loaded["model" if len(machinery.models) == 1 else f"model{index}"])
     check_weights(folder, machinery.models)

@@ -156,6 +156,11 @@ def test_bf16_trains(run):
 def test_damaged_checkpoint_is_refused(run, tmp_path):
     run(training__steps=1)
     path = next((tmp_path / "run" / "step_0000001").glob("*.distcp"))
-    path.write_bytes(path.read_bytes()[:-10])
+    content = bytearray(path.read_bytes())
+    for place, message in ((len(content) // 3, "checksum"), (len(content) - 300, "checksum")):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(ArtifactError, match=message):
+            run(training__steps=2)
+    path.write_bytes(content[:-10])
     with pytest.raises(ArtifactError, match="bytes, the manifest says"):
         run(training__steps=2)
