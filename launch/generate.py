@@ -107,7 +107,7 @@ def build_engine(options: GenerateOptions) -> "Engine":
     retriever = Retriever.open(options.index, options.references, loaded.tokenizer)
     if retriever.references.reference_length > loaded.config.memory.reference_length:
         raise ConfigError(
-            f"references={options.references}: up to {retriever.references.reference_length} tokens each, the checkpoint "
+            f"references={options.references}: up to {retriever.references.reference_length} tokens each, this model "
             f"reads at most {loaded.config.memory.reference_length}; make them again with that --reference-length"
         )
     if not options.bank:

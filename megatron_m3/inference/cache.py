@@ -50,8 +50,8 @@ class CachePlan:
             self.keys.append(torch.zeros(size, dtype=shape.dtype, device=shape.device))
             self.values.append(torch.zeros(size, dtype=shape.dtype, device=shape.device))
         columns = shape.prefix_length + shape.num_slots + shape.max_context
-        self.hidden_BT = torch.full((shape.batch, columns), float("-inf"), dtype=shape.dtype, device=shape.device)
-        self.hidden_BT[:, : shape.prefix_length] = 0
+        self.mask_BT = torch.full((shape.batch, columns), float("-inf"), dtype=shape.dtype, device=shape.device)
+        self.mask_BT[:, : shape.prefix_length] = 0
         self.rows_B = torch.arange(shape.batch, device=shape.device)
         self.lengths = [0] * shape.batch
         self.lengths_B = torch.zeros(shape.batch, dtype=torch.long, device=shape.device)
@@ -74,7 +74,7 @@ class CachePlan:
         self.lengths_B.copy_(torch.tensor(self.lengths))
         first = self.shape.prefix_length + self.shape.num_slots
         columns = torch.arange(self.shape.max_context, device=self.shape.device)
-        self.hidden_BT[:, first:].masked_fill_(columns < self.lengths_B[:, None], 0)
+        self.mask_BT[:, first:].masked_fill_(columns < self.lengths_B[:, None], 0)
 
     def recall(self, memories: ChunkMemories, rows: Sequence[int] | None = None) -> None:
         """Overwrite the memory slots of the sequences ``rows`` (all by default) with ``memories`` (C = 1)."""
@@ -86,8 +86,8 @@ class CachePlan:
             self.values[layer][rows_B, :, slots] = value_BMGD.transpose(1, 2)
         valid_BM = memories.valid_slots()[:, 0]
         shown_BM = torch.zeros(valid_BM.shape, dtype=self.shape.dtype, device=self.shape.device)
-        self.hidden_BT[rows_B, slots] = shown_BM.masked_fill_(~valid_BM, float("-inf"))
-        self.all_slots_valid = not bool(torch.isinf(self.hidden_BT[:, slots]).any())
+        self.mask_BT[rows_B, slots] = shown_BM.masked_fill_(~valid_BM, float("-inf"))
+        self.all_slots_valid = not bool(torch.isinf(self.mask_BT[:, slots]).any())
 
     def step(self) -> None:
         """Make room for one more token of every sequence; call it before each forward pass of one token."""
@@ -96,14 +96,14 @@ class CachePlan:
         self.lengths = [length + 1 for length in self.lengths]
         self.table = self.rope.table((self.new_B + self.shape.context_start)[None], self.shape.dtype)
         first = self.shape.prefix_length + self.shape.num_slots
-        self.hidden_BT[self.rows_B, first + self.new_B] = 0
+        self.mask_BT[self.rows_B, first + self.new_B] = 0
         self.memory_mask, self.plain_mask = self._masks()
 
     def _masks(self) -> tuple[Tensor | None, Tensor | None]:
         """What to add to the scores of one step, [B, 1, 1, T], in memory layers and in others; None adds nothing."""
         prefix, slots, longest = self.shape.prefix_length, self.shape.num_slots, max(self.lengths)
         same_length = min(self.lengths) == longest
-        used_BT = self.hidden_BT[:, None, None, : prefix + slots + longest]
+        used_BT = self.mask_BT[:, None, None, : prefix + slots + longest]
         memory = None if same_length and self.all_slots_valid else used_BT
         if same_length or not slots:
             return memory, None if same_length else used_BT
