@@ -66,8 +66,13 @@ def check_run(config: Config, world_size: int) -> None:
             f"training.global_batch={training.global_batch}: must be a multiple of training.micro_batch="
             f"{training.micro_batch} times the {data_size} data-parallel processes"
         )
-    if parallel.interleave > 1:
-        raise UnsupportedError("parallel.interleave: not yet")
+    micro_batches = training.global_batch // (training.micro_batch * data_size)
+    if parallel.interleave > 1 and micro_batches % parallel.pipeline:
+        raise ConfigError(
+            f"parallel.interleave={parallel.interleave}: the {micro_batches} micro-batches of a step "
+            f"(training.global_batch / training.micro_batch / data-parallel processes) must be a multiple of "
+            f"parallel.pipeline={parallel.pipeline}"
+        )
     if parallel.sequence and training.stage == "warmup" and config.data.sequence_length % parallel.tensor:
         raise ConfigError(f"data.sequence_length={config.data.sequence_length}: must be a multiple of parallel.tensor")
 
@@ -79,6 +84,8 @@ def build_machinery(config: Config, platform: Platform, prefix_ids: list[int]) -
     # gradients are summed over tokens and divided once by the tokens of the global batch, in any layout
     core.calculate_per_token_loss = True
     core.finalize_model_grads_func = finalize_model_grads
+    # with two stages both neighbours are one process, and messages of one batch to both would be taken for each other
+    core.overlap_p2p_comm, core.batch_p2p_comm = config.parallel.interleave > 1, config.parallel.interleave == 1
     half = config.training.dtype == "bf16"
     buffers = DistributedDataParallelConfig(
         grad_reduce_in_fp32=half, use_distributed_optimizer=config.parallel.distributed_optimizer

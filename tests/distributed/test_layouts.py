@@ -9,6 +9,7 @@ from tests.launcher import run_ranks
 
 TENSOR, PIPELINE = {"parallel.tensor": "2"}, {"parallel.pipeline": "2"}
 SEQUENCE = TENSOR | {"parallel.sequence": "true"}
+INTERLEAVED = PIPELINE | {"parallel.interleave": "2"}
 SHARDED = {"parallel.distributed_optimizer": "true"}
 RECOMPUTE = {"parallel.recompute": "true"}
 WARMUP = {"training.stage": "warmup"}
@@ -31,6 +32,8 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "TP2 sequence recompute": SEQUENCE | RECOMPUTE,
         "DP2 distributed optimizer": SHARDED,
         "PP2 recompute": PIPELINE | RECOMPUTE,
+        "PP2 interleaved": INTERLEAVED,
+        "warmup PP2 interleaved": WARMUP | INTERLEAVED | RECOMPUTE,
         "warmup TP2 sequence": WARMUP | SEQUENCE,
         "warmup PP2": WARMUP | PIPELINE,
         "memory to the last layer PP2": ALL_LAYERS | PIPELINE,
@@ -40,6 +43,7 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "TP2xPP2": TENSOR | PIPELINE,
         "TP2xPP2 sequence": SEQUENCE | PIPELINE,
         "PP2xDP2 distributed optimizer": PIPELINE | SHARDED,
+        "TP2xPP2 sequence interleaved": SEQUENCE | INTERLEAVED,
         "PP4": {"parallel.pipeline": "4"},
     },
 }

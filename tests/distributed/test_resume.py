@@ -10,41 +10,52 @@ from tests.launcher import run_ranks
 from tests.small_data import make_small_data
 
 TENSOR, PIPELINE = {"parallel.tensor": "2"}, {"parallel.pipeline": "2"}
+INTERLEAVED = PIPELINE | {"parallel.interleave": "2"}
 SHARDED = {"parallel.distributed_optimizer": "true"}
 BF16 = {"training.dtype": "bf16"}
 STEPS, HALF = 6, 3
 
+WHOLE = {
+    "TP2": TENSOR,
+    "DP2 sharded": SHARDED,
+    "DP2 bf16": BF16,
+    "TP2 bf16 sharded": TENSOR | BF16 | SHARDED,
+    "PP2 interleaved sharded": INTERLEAVED | SHARDED,
+}
+"""Runs without interruption, on two processes."""
+
+ELSEWHERE = [
+    (2, "PP2", PIPELINE, "TP2"),
+    (2, "DP2", {}, "TP2"),
+    (2, "PP2 interleaved", INTERLEAVED, "TP2"),
+    (2, "TP2 sharded", TENSOR | SHARDED, "DP2 sharded"),
+    (2, "TP2 sharded from interleaved", TENSOR | SHARDED, "PP2 interleaved sharded"),
+    (4, "TP2xPP2", TENSOR | PIPELINE, "TP2"),
+    (4, "TP2xDP2 sharded", TENSOR | SHARDED, "DP2 sharded"),
+    (1, "alone", {}, "TP2"),
+]
+"""Processes, name and layout of runs that go on from the middle of another."""
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs on two processes, each whole or taken up from the middle of another; then on four and on one."""
+    """The folder with all runs; those that go on have the first half of a whole one behind them."""
     folder = tmp_path_factory.mktemp("resume")
     data = make_small_data(tmp_path_factory.mktemp("data"))
     common = {f"data.{name}": str(getattr(data, name)) for name in ("tokens", "tokenizer", "references", "neighbours")}
     common |= {"training.stage": "continual", "training.steps": str(STEPS), "checkpoint.every": str(HALF),
                "training.micro_batch": "1", "logging.tensorboard": "false", "logging.peak_tflops": "1"}
 
-    def run(name, layout):
-        return common | {"training.output": str(folder / name)} | layout
+    def launch(ranks, layouts):
+        wanted = [common | {"training.output": str(folder / name)} | layout for name, layout in layouts.items()]
+        run_ranks("tests.distributed.resume_ranks", ranks, [json.dumps(wanted)])
 
-    def take_up(name, origin):
+    launch(2, WHOLE)
+    again = [(2, f"{name} again", layout, name) for name, layout in WHOLE.items()]
+    for _, name, _, origin in again + ELSEWHERE:
         shutil.copytree(folder / origin / f"step_{HALF:07d}", folder / name / f"step_{HALF:07d}")
-
-    def launch(ranks, wanted):
-        run_ranks("tests.distributed.resume_ranks", ranks, [json.dumps([run(*one) for one in wanted])])
-
-    launch(2, [("TP2", TENSOR), ("DP2 sharded", SHARDED), ("DP2 bf16", BF16), ("TP2 bf16 sharded", TENSOR | BF16 | SHARDED)])
-    for name, origin in (("TP2 again", "TP2"), ("PP2 from TP2", "TP2"), ("DP2 from TP2", "TP2"),
-                         ("DP2 sharded again", "DP2 sharded"), ("TP2 from DP2 sharded", "DP2 sharded"),
-                         ("DP2 bf16 again", "DP2 bf16"), ("TP2 bf16 sharded again", "TP2 bf16 sharded"),
-                         ("TP2xPP2 from TP2", "TP2"), ("TP2xDP2 from DP2 sharded", "DP2 sharded"),
-                         ("alone from TP2", "TP2")):
-        take_up(name, origin)
-    launch(2, [("TP2 again", TENSOR), ("PP2 from TP2", PIPELINE), ("DP2 from TP2", {}), ("DP2 sharded again", SHARDED),
-               ("TP2 from DP2 sharded", TENSOR | SHARDED), ("DP2 bf16 again", BF16),
-               ("TP2 bf16 sharded again", TENSOR | BF16 | SHARDED)])
-    launch(4, [("TP2xPP2 from TP2", TENSOR | PIPELINE), ("TP2xDP2 from DP2 sharded", TENSOR | SHARDED)])
-    launch(1, [("alone from TP2", {})])
+    for ranks in (1, 2, 4):
+        launch(ranks, {name: layout for count, name, layout, _ in again + ELSEWHERE if count == ranks})
     return folder
 
 
@@ -53,20 +64,16 @@ def steps(folder):
     return {record["step"]: [record[name] for name in ("loss", "grad_norm", "lr", "sequences")] for record in records}
 
 
-@pytest.mark.parametrize("name", ["TP2", "DP2 sharded", "DP2 bf16", "TP2 bf16 sharded"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_resumed_run_equals_the_whole_run_bit_for_bit(runs, name):
     whole, resumed = steps(runs / name), steps(runs / f"{name} again")
     assert sorted(resumed) == list(range(HALF + 1, STEPS + 1))
     assert resumed == {step: whole[step] for step in resumed}
-    last = f"step_{STEPS:07d}"
-    hashes = {read_manifest(runs / one / last, "checkpoint", 1).settings["weights_hash"] for one in (name, f"{name} again")}
-    assert len(hashes) == 1
+    last = [read_manifest(runs / one / f"step_{STEPS:07d}", "checkpoint", 1) for one in (name, f"{name} again")]
+    assert last[0].settings["weights_hash"] == last[1].settings["weights_hash"]
 
 
-@pytest.mark.parametrize(("name", "origin"), [
-    ("PP2 from TP2", "TP2"), ("DP2 from TP2", "TP2"), ("TP2 from DP2 sharded", "DP2 sharded"),
-    ("TP2xPP2 from TP2", "TP2"), ("TP2xDP2 from DP2 sharded", "DP2 sharded"), ("alone from TP2", "TP2"),
-])
+@pytest.mark.parametrize(("name", "origin"), [(name, origin) for _, name, _, origin in ELSEWHERE])
 def test_run_resumed_in_another_layout_equals_the_whole_run(runs, name, origin):
     whole, resumed = steps(runs / origin), steps(runs / name)
     assert sorted(resumed) == list(range(HALF + 1, STEPS + 1))
