@@ -148,7 +148,8 @@ def _prepare_codec(job: BankJob, comm: Any, folder: ShardFolder) -> Codec:
                 if sample is not None:
                     codec = train_codec(job.options.codec, sample, dtype=dtype, shared=job.options.codec_shared)
                     key, value = codec.errors(sample)
-                    print(f"codec {codec.name}: {codec.code_bytes} bytes for {head_size} numbers, squared error "
+                    why = f" (auto: what {len(sample.vectors(0)):,} keys can train)" * (job.options.codec == "auto")
+                    print(f"codec {codec.name}{why}: {codec.code_bytes} bytes for {head_size} numbers, squared error "
                           f"{key:.4f} of keys, {value:.4f} of values", flush=True)
                 shutil.rmtree(place, ignore_errors=True)
                 codec.save(place, {name: job.inputs[name] for name in ("checkpoint", "references")})

@@ -135,8 +135,7 @@ def bench_read(folder: Path) -> dict[str, float]:
             bank.read(some)
 
     bare, whole = best(pread), best(read)
-    raw = dict(bank.manifest.settings)
-    return {"codec": raw["codec"], "record_bytes": size, "pread_memories_per_second": ids.size / bare,
+    return {"codec": bank.codec_name, "record_bytes": size, "pread_memories_per_second": ids.size / bare,
             "read_memories_per_second": ids.size / whole, "read_over_pread": whole / bare}
 
 
