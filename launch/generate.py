@@ -49,6 +49,8 @@ class GenerateOptions:
     """Prompts continued together."""
     cache_bytes: int = 1 << 30
     """RAM for recently read memories of a bank."""
+    max_overlap: float | None = None
+    """Drop retrieved references whose overlap with the prompt (eq. 6) is larger; 0.667 when answers are evaluated."""
     json: bool = False
     """Print JSON: results with tokens and what each chunk read, and statistics."""
 
@@ -111,11 +113,12 @@ def build_engine(options: GenerateOptions) -> "Engine":
             f"reads at most {loaded.config.memory.reference_length}; make them again with that --reference-length"
         )
     if not options.bank:
-        return Engine(loaded, retriever, ColdSource(loaded, retriever.references, cache_bytes=options.cache_bytes))
+        return Engine(loaded, retriever, ColdSource(loaded, retriever.references, cache_bytes=options.cache_bytes),
+                      max_overlap=options.max_overlap)
     bank = MemoryBank.open(options.bank, weights_hash=loaded.weights_hash, tokenizer_hash=loaded.tokenizer.hash)
     check_input(bank.folder, bank.manifest, "references", retriever.references.hash)
     loaded = replace(loaded, config=bank.configure(loaded.config))
-    return Engine(loaded, retriever, WarmSource(bank, cache_bytes=options.cache_bytes))
+    return Engine(loaded, retriever, WarmSource(bank, cache_bytes=options.cache_bytes), max_overlap=options.max_overlap)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -137,7 +137,8 @@ class Batch:
     def _recall_prompts(self, recall: Recall) -> ChunkMemories:
         """The memories of the prompts' chunks; what follows a prompt's last chunk inherits that chunk's."""
         chunks = [cut(prompt, self.chunk_length) for prompt in self.prompts]
-        recalled = recall([chunk for of_prompt in chunks for chunk in of_prompt], self.statistics)
+        questions = [prompt for prompt, of_prompt in zip(self.prompts, chunks, strict=True) for _ in of_prompt]
+        recalled = recall([chunk for of_prompt in chunks for chunk in of_prompt], questions, self.statistics)
         count_B1 = np.array([[len(of_prompt)] for of_prompt in chunks])
         first_B1, has_chunk_B1 = count_B1.cumsum(0) - count_B1, count_B1 > 0
         num_chunks = -(-max(self.lengths) // self.chunk_length)
@@ -153,7 +154,8 @@ class Batch:
     def _recall_generated(self, recall: Recall) -> None:
         """Replace the memories of the sequences that go on by what their newest chunk retrieves."""
         rows = [row for row, active in enumerate(self.active) if active]
-        recalled = recall([self.tokens[row][-self.chunk_length :] for row in rows], self.statistics)
+        newest = [self.tokens[row][-self.chunk_length :] for row in rows]
+        recalled = recall(newest, [self.prompts[row] for row in rows], self.statistics)
         for chunk, row in enumerate(rows):
             self.read[row].append(("generated", self.num_steps, recall.references(recalled, chunk)))
         started = time.perf_counter()

@@ -24,9 +24,13 @@ class Engine:
     """Generates with one loaded model: with a retriever and a memory source it reads memories, without it is a GPT."""
 
     def __init__(
-        self, loaded: LoadedModel, retriever: "Retriever | None" = None, source: "MemorySource | None" = None
+        self, loaded: LoadedModel, retriever: "Retriever | None" = None, source: "MemorySource | None" = None, *,
+        max_overlap: float | None = None,
     ) -> None:
-        """Without ``retriever`` and ``source`` there is no prefix either, and positions count from 0."""
+        """Without ``retriever`` and ``source`` there is no prefix either, and positions count from 0.
+
+        ``max_overlap`` drops references that overlap more than this with the prompt (eq. 6; 2/3 in evaluations).
+        """
         assert (retriever is None) == (source is None), "memory needs a retriever and a source"
         self.loaded, self.config = loaded, loaded.config
         self.recall: Recall | None = None
@@ -38,6 +42,7 @@ class Engine:
                 memory_layers=self.config.memory_layers,
                 heads=local_kv_heads(self.config),
                 device=next(loaded.model.parameters()).device,
+                max_overlap=max_overlap,
             )
 
     def generate(

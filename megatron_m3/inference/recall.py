@@ -13,7 +13,7 @@ from megatron_m3.inference.reading import ChunkMemories
 
 if TYPE_CHECKING:
     from megatron_m3.memory import ExplicitMemories, MemorySource
-    from megatron_m3.retrieval import Retriever
+    from megatron_m3.retrieval import Retrieved, Retriever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +41,23 @@ class Recall:
         memory_layers: Sequence[int],
         heads: slice,
         device: torch.device,
+        max_overlap: float | None = None,
     ) -> None:
+        """``max_overlap`` is the evaluation filter: references that overlap more with the prompt are passed over."""
         self.retriever, self.source = retriever, source
         self.references_per_chunk, self.heads, self.device = references_per_chunk, heads, device
+        self.max_overlap = max_overlap
         self.layers = {layer: place for place, layer in enumerate(memory_layers)}
 
-    def __call__(self, chunks: Sequence[Sequence[int]], statistics: Statistics) -> Recalled:
-        """Retrieve with each chunk and fetch every distinct reference once."""
+    def __call__(
+        self, chunks: Sequence[Sequence[int]], questions: Sequence[Sequence[int]], statistics: Statistics
+    ) -> Recalled:
+        """Retrieve with each chunk and fetch every distinct reference once; ``questions`` are the chunks' prompts."""
         if not chunks:
             none = np.zeros((0, self.references_per_chunk), dtype=np.int64)
             return Recalled(memories=self.source.fetch(none[:, 0]), rows=none, valid=none > 0, ids=none, scores=none)
         start = time.perf_counter()
-        found = self.retriever.retrieve(chunks, self.references_per_chunk)
+        found = self._retrieve(chunks, questions)
         retrieved = time.perf_counter()
         distinct, inverse = np.unique(found.ids[found.valid], return_inverse=True)
         rows = np.zeros(found.ids.shape, dtype=np.int64)
@@ -67,6 +72,13 @@ class Recall:
         statistics.references_read += int(found.valid.sum())
         statistics.seen.update(distinct.tolist())
         return Recalled(memories=memories, rows=rows, valid=found.valid, ids=found.ids, scores=found.scores)
+
+    def _retrieve(self, chunks: Sequence[Sequence[int]], questions: Sequence[Sequence[int]]) -> "Retrieved":
+        if self.max_overlap is None:
+            return self.retriever.retrieve(chunks, self.references_per_chunk)
+        return self.retriever.retrieve(
+            chunks, self.references_per_chunk, exclude_overlap_with=questions, max_overlap=self.max_overlap
+        )
 
     def references(self, recalled: Recalled, chunk: int) -> list[ReadReference]:
         """The references that ``chunk`` of ``recalled`` reads, best first."""

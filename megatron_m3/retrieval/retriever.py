@@ -52,7 +52,7 @@ class Retriever:
         chunks: Sequence[Sequence[int]],
         k: int,
         *,
-        exclude_overlap_with: Sequence[int] | None = None,
+        exclude_overlap_with: Sequence[Sequence[int]] | None = None,
         max_overlap: float = 2 / 3,
     ) -> Retrieved:
         """The ``k`` references nearest to each chunk.
@@ -60,18 +60,18 @@ class Retriever:
         Args:
             chunks: token ids of N chunks.
             k: references for each.
-            exclude_overlap_with: token ids of a question; references that overlap with it more than ``max_overlap``
-                are passed over (the evaluation filter), and the next nearest take their places.
+            exclude_overlap_with: for each chunk the token ids of its question; references that overlap with it more
+                than ``max_overlap`` are passed over (the evaluation filter), and the next nearest take their places.
             max_overlap: largest overlap (eq. 6) with the question.
         """
         vectors = self.embed(chunks)
         if exclude_overlap_with is None:
             scores, ids, valid = self.index.search(vectors, k)
             return Retrieved(ids, valid, scores)
-        question = np.asarray(exclude_overlap_with, np.int64)
+        questions = [np.asarray(question, np.int64) for question in exclude_overlap_with]
 
         def drop(row: int, ids: np.ndarray) -> np.ndarray:
-            return exceeds_overlap(question, *self.references.tokens(ids), max_overlap)
+            return exceeds_overlap(questions[row], *self.references.tokens(ids), max_overlap)
 
         scores, ids, valid = self.index.search_filtered(vectors, k, drop)
         return Retrieved(ids, valid, scores)

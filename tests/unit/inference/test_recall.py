@@ -155,3 +155,15 @@ def test_slots_of_missing_results_stay_empty(loaded, retriever):
         return [one.tokens for one in found]
 
     assert tokens(NUM_REFERENCES + 7) == tokens(NUM_REFERENCES) != tokens(2)
+
+
+def test_the_evaluation_filter_drops_what_the_prompt_gives_away(loaded, retriever, engine):
+    tokens, lengths = retriever.references.tokens(np.array([3, 5]))
+    copied = [row[:size] for row, size in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    filtered = type(engine)(loaded, retriever, cold(loaded, retriever), max_overlap=2 / 3)
+    found, _ = filtered.generate_tokens(copied, 10, stop_at_eos=False)
+    without, _ = engine.generate_tokens(copied, 10, stop_at_eos=False)
+    for own, one, other in zip((3, 5), found, without, strict=True):
+        assert own in {reference.id for reference in other.chunks[0].references}
+        assert all(own != reference.id for chunk in one.chunks for reference in chunk.references)
+        assert len(one.chunks[0].references) == len(other.chunks[0].references)
