@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -37,11 +36,7 @@ def _join_world(platform: Platform) -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(platform.backend, timeout=TIMEOUT)
         return
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    store = dist.TCPStore("127.0.0.1", port, 1, is_master=True)
-    dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+    dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
 
 
 def check_world_size(parallel: ParallelSizes, world_size: int) -> None:
