@@ -25,9 +25,8 @@ def sharding_metadata() -> dict[str, Any]:
 
 def sharded_state(models: Sequence[Any]) -> dict[str, Any]:
     """The sharded state of all model chunks of this process, keyed as dist_checkpointing wants it."""
-    if len(models) == 1:
-        return {"model": models[0].sharded_state_dict(metadata=sharding_metadata())}
-    return {f"model{index}": model.sharded_state_dict(metadata=sharding_metadata()) for index, model in enumerate(models)}
+    states = [model.sharded_state_dict(metadata=sharding_metadata()) for model in models]
+    return {"model": states[0]} if len(states) == 1 else {f"model{index}": part for index, part in enumerate(states)}
 
 
 def weights_hash(models: Sequence[Any]) -> str:

@@ -77,7 +77,7 @@ def train_in_world(config: Config, platform: Platform) -> Summary:
     found = list_checkpoints(output)
     if found and not config.checkpoint.resume:
         raise ConfigError(
-            f"training.output={output}: holds checkpoints; choose another folder, or set checkpoint.resume=true to go on"
+            f"training.output={output}: holds checkpoints; choose another folder or set checkpoint.resume=true to go on"
         )
     with signals.Requests(output, watches_files=dist.get_rank() == 0) as requests:
         machinery = build_machinery(config, platform, tokenizer.prefix_ids(config.memory.prefix))

@@ -15,7 +15,7 @@ from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_m3.config import Config
-from megatron_m3.errors import ConfigError, UnsupportedError
+from megatron_m3.errors import ConfigError
 from megatron_m3.model.gpt import DTYPES, build_model
 from megatron_m3.platform import Platform
 from megatron_m3.platform.distributed import check_world_size
@@ -54,7 +54,6 @@ def check_run(config: Config, world_size: int) -> None:
 
     Raises:
         ConfigError: names the field and the mend.
-        UnsupportedError: a combination that is refused by name.
     """
     parallel, training = config.parallel, config.training
     if not training.output:
@@ -77,9 +76,14 @@ def check_run(config: Config, world_size: int) -> None:
         raise ConfigError(f"data.sequence_length={config.data.sequence_length}: must be a multiple of parallel.tensor")
 
 
-def build_machinery(config: Config, platform: Platform, prefix_ids: list[int]) -> Machinery:
-    """Build model, gradient buffers and optimizer; needs :func:`megatron_m3.platform.initialize_parallel`."""
-    models = build_model(config)
+def build_machinery(
+    config: Config, platform: Platform, prefix_ids: list[int], models: list[Any] | None = None
+) -> Machinery:
+    """Build model, gradient buffers and optimizer; the groups of processes must have been made.
+
+    ``models`` are this process's chunks, where they are not to be built anew from ``config``.
+    """
+    models = models or build_model(config)
     core = models[0].config
     # gradients are summed over tokens and divided once by the tokens of the global batch, in any layout
     core.calculate_per_token_loss = True

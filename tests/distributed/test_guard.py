@@ -25,9 +25,9 @@ def pretrain(data, output, expect, **overrides):
     return run_ranks("launch.pretrain", 2, arguments, expect=expect)
 
 
-def test_pipeline_and_distributed_optimizer_return_together(data, tmp_path):
-    done = pretrain(data, tmp_path / "run", 0, guard__lr_factor="0.001", parallel__tensor="2", parallel__sequence="true",
-                    parallel__distributed_optimizer="true")
+def test_sequence_parallel_and_distributed_optimizer_return_together(data, tmp_path):
+    done = pretrain(data, tmp_path / "run", 0, guard__lr_factor="0.001", parallel__tensor="2",
+                    parallel__sequence="true", parallel__distributed_optimizer="true")
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record.get("step", "event") for record in records] == ["event", 1, 2, 3, 4, 5, 6]
     assert done.stderr.count("diverged") == 1

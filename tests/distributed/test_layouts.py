@@ -69,10 +69,9 @@ def baseline(name: str) -> str:
 def test_steps_equal_those_of_one_process(results, ranks, name):
     found, expected = results[name], results[baseline(name)]
     assert found["initial"] == expected["initial"], "initial weights depend on the layout"
-    for (loss, norm, tokens), (true_loss, true_norm, true_tokens) in zip(found["steps"], expected["steps"], strict=True):
-        assert tokens == true_tokens
-        assert loss == pytest.approx(true_loss, abs=1e-5)
-        assert norm == pytest.approx(true_norm, abs=1e-5)
+    assert len(found["steps"]) == 4
+    for step, true_step in zip(found["steps"], expected["steps"], strict=True):
+        assert step == pytest.approx(true_step, abs=1e-5), "loss, gradient norm, tokens"
 
 
 def test_memories_and_stages_make_a_difference(results):

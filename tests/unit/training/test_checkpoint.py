@@ -115,7 +115,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(run, tmp_path, limit):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(M3Error, match="cannot save: .*free space") as caught:
+        with pytest.raises(M3Error, match=r"cannot save: .*free space") as caught:
             run(training__steps=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -113,7 +113,7 @@ def test_stop_file_saves_and_leaves(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    ({"training__global_batch": 3, "training__micro_batch": 1, "parallel__tensor": 2}, r"parallel\.tensor=2.*processes"),
+    ({"parallel__tensor": 2}, r"parallel\.tensor=2.*processes"),
     ({"training__output": ""}, r"training\.output: give the folder"),
     ({"data__tokenizer": ""}, r"data\.tokenizer: give"),
     ({"training__stage": "continual", "data__neighbours": ""}, r"data\.neighbours: give"),

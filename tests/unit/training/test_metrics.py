@@ -15,7 +15,7 @@ def test_step_line_says_all():
     )
 
 
-@pytest.mark.parametrize(("number", "text"), [(0.5, "0.5"), (999.0, "999"), (1e3, "1k"), (4.56e6, "4.56M"), (2e9, "2G")])
+@pytest.mark.parametrize(("number", "text"), [(0.5, "0.5"), (999.0, "999"), (1e3, "1k"), (4.56e6, "4.56M")])
 def test_counts_have_three_digits(number, text):
     assert format_count(number) == text
 
@@ -32,7 +32,8 @@ def test_going_back_drops_later_steps_but_not_events(tmp_path, capsys):
     metrics.step(RECORD | {"step": 3})
     records = [json.loads(line) for line in metrics.path.read_text().splitlines()]
     assert [record.get("step", "event") for record in records] == [1, 2, "event", 3]
-    assert [line.split("|")[0].strip() for line in capsys.readouterr().err.splitlines()] == ["step 2/100   2%", "step 4/100   4%"]
+    shown = [line.split("|")[0].strip() for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["step 2/100   2%", "step 4/100   4%"]
 
 
 def test_tensorboard_has_the_steps(tmp_path):

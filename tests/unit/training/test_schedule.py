@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ def test_wsd_rises_stays_and_falls_over_the_last_tenth():
     found = rates(100, style="wsd", warmup_fraction=0.05, decay_fraction=0.1, min_ratio=0.01)
     assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert set(found[5:90]) == {1.0}
-    falls = [before - after for before, after in zip(found[89:], found[90:], strict=False)]
+    falls = [before - after for before, after in itertools.pairwise(found[89:])]
     assert falls == pytest.approx([0.099] * 10)
     assert found[-1] == pytest.approx(0.01)
 

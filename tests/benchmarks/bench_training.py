@@ -1,0 +1,118 @@
+"""Time of a training step beside that of a plain megatron-core GPT of the same shape, in one run.
+
+    python -m tests.benchmarks.bench_training [rounds]
+
+Every round takes one step of each model, so that drift of the machine cancels; medians are compared. The plain model is
+megatron-core's GPTModel as it comes: its local layer spec, its rotary embedding, its DotProductAttention.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_m3.config import Config, get_recipe, replace_fields
+from megatron_m3.config.flops import step_flops
+from megatron_m3.platform import select
+from megatron_m3.platform.distributed import parallel_world
+
+PREFIX = [1, 17, 23, 5]
+WARMUP_LIMIT, CONTINUAL_LIMIT = 1.03, 1.15
+
+
+def shape(stage: str) -> Config:
+    """A model and a sequence large enough that arithmetic, not overhead, is timed."""
+    return replace_fields(get_recipe("demo"), {
+        "model.num_layers": "8", "model.num_heads": "8", "model.num_kv_heads": "2", "model.head_size": "64",
+        "model.hidden_size": "512", "model.ffn_size": "512", "data.sequence_length": "1024",
+        "training.stage": stage, "training.global_batch": "1", "training.micro_batch": "1",
+    })
+
+
+def plain_model(config: Config) -> Any:
+    """megatron-core's own GPT of the same shape, with the same initial weights."""
+    import dataclasses
+
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megatron_m3.model.gpt import initialize_weights, transformer_config
+
+    class PlainGPT(GPTModel):
+        """Takes the arguments of a training pass, and ignores the plan."""
+
+        def forward(self, input_ids: torch.Tensor, position_ids: None, attention_mask: None, **kwargs: Any) -> Any:
+            del kwargs["extra_block_kwargs"]
+            length = input_ids.shape[1]
+            positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device).triu(1)
+            return super().forward(input_ids, positions, mask, **kwargs)
+
+    core = dataclasses.replace(transformer_config(config))
+    model = PlainGPT(
+        core, get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=config.model.padded_vocab_size,
+        max_sequence_length=config.data.sequence_length, position_embedding_type="rope",
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+    )
+    initialize_weights(model, config)
+    return model.to(torch.cuda.current_device())
+
+
+def batches(config: Config) -> Iterator[dict[str, torch.Tensor]]:
+    """The same random batch for ever; every chunk has a full reference."""
+    B, S = config.training.micro_batch, config.data.sequence_length
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, config.model.vocab_size, (B, S + 1), generator=generator)
+    batch = {"context": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(B, S)}
+    if config.training.stage == "continual":
+        size = (B, S // config.memory.chunk_length, config.memory.reference_length)
+        batch["references"] = torch.randint(3, config.model.vocab_size, size, generator=generator)
+        batch["reference_lengths"] = torch.full(size[:2], config.memory.reference_length)
+    while True:
+        yield batch
+
+
+def main() -> None:
+    """Print the ratios beside their floors."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    torch.set_num_threads(1)
+    select()
+    from megatron_m3.training.setup import build_machinery
+    from megatron_m3.training.step import training_step
+
+    warmup, continual = shape("warmup"), shape("continual")
+    with parallel_world(warmup.parallel, 1) as platform:
+        trained = {
+            "plain": (build_machinery(warmup, platform, PREFIX, [plain_model(warmup)]), batches(warmup)),
+            "warmup": (build_machinery(warmup, platform, PREFIX), batches(warmup)),
+            "continual": (build_machinery(continual, platform, PREFIX), batches(continual)),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in trained}
+        losses: dict[str, float] = {}
+        for _ in range(rounds + 2):
+            for name, (machinery, read) in trained.items():
+                start = time.perf_counter()
+                losses[name] = training_step(machinery, read, 1e-4).loss
+                seconds[name].append(time.perf_counter() - start)
+    assert abs(losses["plain"] - losses["warmup"]) < 1e-3, "not the same model"
+    report({name: statistics.median(times[2:]) for name, times in seconds.items()}, warmup, continual)
+
+
+def report(median: dict[str, float], warmup: Config, continual: Config) -> None:
+    """Print medians, ratios, and the limits they are to keep."""
+    flops = step_flops(continual, prefix_length=len(PREFIX)).total / step_flops(warmup).total
+    print("seconds a step: " + ", ".join(f"{name} {value:.3f}" for name, value in median.items()))
+    ratio = median["warmup"] / median["plain"]
+    print(f"warmup / plain      {ratio:6.3f}   limit {WARMUP_LIMIT:6.3f}   "
+          f"{'met' if ratio <= WARMUP_LIMIT else 'MISSED'}")
+    for name in ("plain", "warmup"):
+        ratio = median["continual"] / median[name]
+        print(f"continual / {name:<8}{ratio:6.3f}   limit {flops * CONTINUAL_LIMIT:6.3f}   "
+              f"{'met' if ratio <= flops * CONTINUAL_LIMIT else 'MISSED'}   (FLOPs imply {flops:.3f})")
+
+
+if __name__ == "__main__":
+    main()
