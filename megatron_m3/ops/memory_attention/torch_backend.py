@@ -52,7 +52,7 @@ def _fused_backward(
         )
     else:
         seed, offset, rows = rest
-        padded = functional.pad(lse, (0, rows - lse.shape[-1])).contiguous()
+        padded = functional.pad(lse, (0, rows - lse.shape[-1]), value=torch.inf)
         gradients = aten._scaled_dot_product_efficient_attention_backward(
             grad_BHTD, query, key, value, None, out, padded, seed, offset, 0.0, [True, True, True, False], True
         )
