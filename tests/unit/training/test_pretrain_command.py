@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from launch.pretrain import main, parse_config
+from megatron_m3.config import get_recipe, to_dict
+from megatron_m3.errors import ConfigError
+from tests.launcher import run_module
+
+
+def test_recipe_with_overrides():
+    config = parse_config(["--recipe", "tiny", "--training.steps", "20", "--parallel.sequence=false"])
+    assert config.training.steps == 20
+    assert config.model == get_recipe("tiny").model
+
+
+def test_config_of_a_run_is_a_start(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(get_recipe("m3-2b"))))
+    assert parse_config(["--config", str(path)]) == get_recipe("m3-2b")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "give --recipe NAME or --config FILE"),
+    (["--recipe", "tiny", "--config", "x"], "one of them"),
+    (["--recipe", "huge"], "recipe=huge: unknown; known are m3-2b"),
+    (["--config", "/nowhere.json"], "config=/nowhere.json: cannot be read"),
+    (["--recipe", "tiny", "--training.stepz", "3"], "stepz"),
+    (["--recipe", "tiny", "--training.steps", "many"], r"training\.steps=many"),
+    (["--recipe", "tiny", "--parallel.context", "2"], r"parallel\.context=2.*not supported"),
+    (["--recipe", "tiny", "--parallel.tensor", "3"], r"parallel\.tensor=3: must divide"),
+    (["--recipe", "tiny", "--parallel.pipeline", "3"], r"parallel\.pipeline=3"),
+    (["--recipe", "tiny", "--parallel.interleave", "2"], r"parallel\.interleave=2: needs parallel\.pipeline"),
+])
+def test_mistakes_are_one_line(arguments, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        main(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_file_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ConfigError, match="must hold a JSON object"):
+        parse_config(["--config", str(tmp_path / "list.json")])
+
+
+def test_interleaved_pipeline_wants_whole_rounds_of_micro_batches():
+    from megatron_m3.platform import select
+
+    select()
+    from megatron_m3.training.setup import check_run
+
+    config = parse_config(["--recipe", "tiny", "--training.output", "x", "--parallel.pipeline", "2",
+                           "--parallel.interleave", "2", "--training.micro_batch", "4"])
+    with pytest.raises(ConfigError, match=r"parallel\.interleave=2: the 1 micro-batches .* multiple of parallel"):
+        check_run(config, 2)
+
+
+def test_command_exits_with_status_2_and_one_line():
+    done = run_module("launch.pretrain", ["--recipe", "tiny"], expect=2)
+    assert done.stderr == "error: training.output: give the folder of the run\n"
+    assert done.stdout == ""
