@@ -6,21 +6,25 @@ A checkpoint is written to a hidden folder that gets its name when everything is
 place in the global model, so that a checkpoint of one layout is read by any other.
 """
 
-import itertools
-import logging
-import queue
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch.distributed as dist
-
 from megatron_m3.config import Config, ParallelConfig, from_dict, to_dict
 from megatron_m3.errors import ArtifactError, ConfigError, M3Error
-from megatron_m3.manifest import Manifest, check_files, hash_file, read_manifest, write_manifest
+from megatron_m3.manifest import Manifest, check_files, read_manifest, write_manifest
+from megatron_m3.model.checkpoint_files import (
+    DiskError,
+    check_checksums,
+    global_bytes,
+    hash_files,
+    is_first,
+    on_first_process,
+    write_shards,
+)
 from megatron_m3.model.weights_hash import sharded_state, weights_hash
 
 if TYPE_CHECKING:
@@ -116,7 +120,7 @@ def save_checkpoint(output: Path, step: int, models: Sequence[Any], config: Conf
     folder = checkpoint_folder(output, step)
     temporary = folder.with_name(f".{folder.name}.tmp")
     sharded = sharded_state(models) | (state or {})
-    fingerprint, needed = weights_hash(models), _global_bytes(sharded)
+    fingerprint, needed = weights_hash(models), global_bytes(sharded)
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
 
     def begin() -> None:
@@ -137,12 +141,12 @@ def save_checkpoint(output: Path, step: int, models: Sequence[Any], config: Conf
         temporary.rename(folder)
 
     try:
-        _on_first_process(begin)
-        _write_shards(sharded, temporary)
-        files = _hash_files(temporary)
-        _on_first_process(finish)
-    except _DiskError as error:
-        if _is_first():
+        on_first_process(begin)
+        write_shards(sharded, temporary)
+        files = hash_files(temporary)
+        on_first_process(finish)
+    except DiskError as error:
+        if is_first():
             shutil.rmtree(temporary, ignore_errors=True)
         raise M3Error(f"{folder}: cannot save: {error}; free space or choose another training.output") from None
     return folder
@@ -162,7 +166,7 @@ def load_state(folder: Path, sharded: dict[str, Any], *, whole: bool = False) ->
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint.api import CheckpointException
 
-    _check_checksums(folder, lambda name: whole or not name.endswith(".distcp"))
+    check_checksums(folder, read_checkpoint(folder), lambda name: whole or not name.endswith(".distcp"))
     try:
         return dist_checkpointing.load(sharded, str(folder))
     except (Exception, CheckpointException) as error:  # whatever damaged bytes provoke; the latter is no Exception
@@ -240,81 +244,3 @@ def load_model(folder: Path, *, tensor: int = 1, dtype: Literal["fp32", "bf16"] 
         model.config.params_dtype, model.config.bf16 = DTYPES[dtype], dtype == "bf16"
     return LoadedModel(model=model.eval(), config=config, tokenizer=tokenizer, weights_hash=fingerprint,
                        prefix_ids=tokenizer.prefix_ids(config.memory.prefix))
-
-
-class _DiskError(Exception):
-    """Writing failed on some process; raised on all."""
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _on_first_process(action: Callable[[], None]) -> None:
-    """Run ``action`` on the first process; if the disk refuses, all processes raise."""
-    failure: list[str | None] = [None]
-    if _is_first():
-        try:
-            action()
-        except OSError as error:
-            failure = [error.strerror or str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise _DiskError(failure[0])
-
-
-def _write_shards(sharded: dict[str, Any], folder: Path) -> None:
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    # Saving is synchronous, so results need no queue between processes; the one that megatron-core would start is
-    # a process of its own, which the signals that mean "save and leave" kill.
-    filesystem_async._results_queue = queue.Queue()
-    # what it logs of a failed write is raised as well
-    filesystem_async.logger.setLevel(logging.CRITICAL)
-    try:
-        dist_checkpointing.save(sharded, str(folder))
-    except (CheckpointException, OSError) as error:
-        raise _DiskError(_reason(error)) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The disk's own words, from wherever they are in the report of dist_checkpointing."""
-    found = re.search(r"\[Errno \d+\] ([^:'\"\n]+)", str(error))
-    # torch's zip writer notices a short write only by its position
-    return found[1] if found else "a write was cut short"
-
-
-def _check_checksums(folder: Path, wanted: Callable[[str], bool]) -> None:
-    """Check the checksums of the files whose name is ``wanted``, shared out over the processes; all raise alike."""
-    manifest = read_checkpoint(folder)
-    names = sorted(filter(wanted, manifest.files))[dist.get_rank() :: dist.get_world_size()]
-    damaged: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(damaged, [name for name in names if hash_file(folder / name) != manifest.files[name]])
-    for name in itertools.chain.from_iterable(damaged):
-        raise ArtifactError(f"{folder / name}: checksum differs from the manifest; take another checkpoint")
-
-
-def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of each file, shared out over the processes."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    mine = {name: hash_file(folder / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return {name: record for part in parts for name, record in part.items()}
-
-
-def _global_bytes(sharded: dict[str, Any]) -> int:
-    """Bytes that all processes together will write."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
-
-    mine = sum(
-        shard.data.numel() * shard.data.element_size()
-        for shard in nested_values(sharded)
-        if isinstance(shard, ShardedTensor | ShardedTensorFactory) and is_main_replica(shard.replica_id)
-    )
-    total: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(total, mine)
-    return sum(total)

@@ -1,0 +1,1 @@
+"""Training: set-up, step, loop, schedule, divergence guard, metrics, and the state that resumes a run."""
