@@ -11,7 +11,11 @@ class Rope:
         self.frequency = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
 
     def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[*positions, 1, D/2]`` for vectors whose heads stand after the positions."""
+        """Cosines and sines ``[*positions, 1, D/2]`` for vectors of ``dtype`` whose heads stand after the positions.
+
+        They are in fp32 or wider: a bf16 table would rotate distant positions by visibly wrong angles.
+        """
+        dtype = torch.promote_types(dtype, torch.float32)
         angle = positions.to(torch.float64)[..., None, None] * self.frequency.to(positions.device)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -21,7 +25,7 @@ class Rope:
 
 
 def rotate(vectors: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate vectors ``[..., heads, D]`` by a table from :meth:`Rope.table`."""
+    """Rotate vectors ``[..., heads, D]`` by a table from :meth:`Rope.table`; the result has the vectors' dtype."""
     cosine, sine = table
     first, second = vectors.chunk(2, -1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1).to(vectors.dtype)

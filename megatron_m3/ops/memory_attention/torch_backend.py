@@ -25,6 +25,12 @@ def _fused_forward(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor) -> 
     if query_BHTD.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query_BHTD, key_BHTD, value_BHTD, 0.0, True)
         return out, lse, ()
+    head_size = query_BHTD.shape[-1]
+    if head_size % 8 or head_size > 256:
+        raise UnsupportedError(
+            f"model.head_size={head_size}: the library's kernels on this device take multiples of 8 up to 256; "
+            "set model.attention=reference"
+        )
     if query_BHTD.dtype in (torch.float16, torch.bfloat16):
         out, lse, *rest = aten._scaled_dot_product_flash_attention(query_BHTD, key_BHTD, value_BHTD, 0.0, True)
         return out, lse, tuple(rest[:6])
