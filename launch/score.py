@@ -1,6 +1,7 @@
 """``m3 score``: the loss of targets after contexts, with explicit memories, with text in the prompt, or without."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -72,6 +73,7 @@ def score(options: ScoreOptions) -> dict[str, Any]:
     from megatron_m3.platform.progress import Progress
 
     started = time.perf_counter()
+    check_output(options)
     loaded = load_model(Path(options.checkpoint))
     given = {"memory.layers": options.memory_layers, "memory.tokens": options.memory_tokens}
     config = replace_fields(loaded.config, {name: text for name, text in given.items() if text is not None})
@@ -108,6 +110,18 @@ def score(options: ScoreOptions) -> dict[str, Any]:
             "codec": options.codec,
         }
     return summary
+
+
+def check_output(options: ScoreOptions) -> None:
+    """Refuse, before anything is scored, an output that is the input or that could not be written."""
+    output = Path(options.output)
+    if not options.output or (output.exists() and not output.is_file()):
+        raise ConfigError(f"output={options.output}: not the name of a file; name one to write")
+    if output.resolve() == Path(options.input).resolve():
+        raise ConfigError(f"output={options.output}: is the input file, which would be lost; name another file")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"output={options.output}: {parent} is no folder that can be written; choose another")
 
 
 if __name__ == "__main__":

@@ -174,6 +174,28 @@ def test_a_wrong_score_command_is_refused_and_writes_nothing(paths, run, tmp_pat
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("in.jsonl", "is the input file"),
+        ("sub/../in.jsonl", "is the input file"),
+        ("link.jsonl", "is the input file"),
+        ("", "not the name of a file"),
+        ("sub", "not the name of a file"),
+        ("in.jsonl/out.jsonl", "no folder that can be written"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_checkpoint_is_read(tmp_path, monkeypatch, name, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text("mine")
+    (tmp_path / "link.jsonl").symlink_to("in.jsonl")
+    (tmp_path / "sub").mkdir()
+    options = ["--checkpoint", "none", "--input", str(tmp_path / "in.jsonl"), "--output", name, "--mode", "none"]
+    with pytest.raises(M3Error, match=reason):
+        main(["score", *options])
+    assert (tmp_path / "in.jsonl").read_text() == "mine"
+
+
 def test_as_processes_they_say_one_thing_and_exit(paths, tmp_path):
     output = tmp_path / "out.jsonl"
     done = run_module("launch.m3", list(map(str, scoring(paths, output, "--mode", "explicit"))))
