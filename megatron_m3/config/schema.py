@@ -118,9 +118,12 @@ class MemoryConfig:
             ends = part.strip().split("-")
             if len(ends) > 2 or not all(end.isdecimal() for end in ends):
                 raise ConfigError(f"memory.layers={self.layers}: give first-half, all, or ranges such as 8-24 or 0-3,6")
-            chosen.update(range(int(ends[0]), int(ends[-1]) + 1))
-        if not chosen or max(chosen) >= num_layers:
-            raise ConfigError(f"memory.layers={self.layers}: the model has layers 0-{num_layers - 1}")
+            first, last = int(ends[0]), int(ends[-1])
+            if first > last:
+                raise ConfigError(f"memory.layers={self.layers}: {part.strip()} is reversed; give {last}-{first}")
+            if last >= num_layers:
+                raise ConfigError(f"memory.layers={self.layers}: the model has layers 0-{num_layers - 1}")
+            chosen.update(range(first, last + 1))
         return tuple(sorted(chosen))
 
 

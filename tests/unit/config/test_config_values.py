@@ -48,6 +48,14 @@ def test_impossible_memory_layers(layers: str) -> None:
         MemoryConfig(layers=layers).memory_layers(5)
 
 
+@pytest.mark.parametrize(("layers", "reason"), [
+    ("0-99999999999", "the model has layers 0-4"), ("7-6", "7-6 is reversed; give 6-7"),
+])
+def test_the_ends_of_a_range_are_compared_before_it_is_built(layers: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        MemoryConfig(layers=layers).memory_layers(5)
+
+
 def test_kept_tokens_are_at_most_the_reference() -> None:
     assert MemoryConfig(tokens="all").num_kept_tokens == 128
     assert MemoryConfig(tokens="500").num_kept_tokens == 128
