@@ -60,7 +60,12 @@ class GenerateOptions:
         for name in ("max_new_tokens", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
-        given = [name for name in ("references", "index", "bank") if getattr(self, name)]
+        if self.cache_bytes < 0:
+            raise ConfigError(f"cache_bytes={self.cache_bytes}: must be 0 (keep nothing) or more")
+        if self.max_overlap is not None and not 0 <= self.max_overlap <= 1:
+            raise ConfigError(f"max_overlap={self.max_overlap}: must be from 0 to 1")
+        memory_only = ("references", "index", "bank", "max_overlap")
+        given = [name for name in memory_only if getattr(self, name) not in ("", None)]
         if self.no_memory and given:
             raise ConfigError(f"{given[0]}: not read with --no-memory; leave one of them out")
         if not self.no_memory and not (self.references and self.index):

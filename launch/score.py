@@ -45,6 +45,8 @@ class ScoreOptions:
             raise ConfigError(f"batch_tokens={self.batch_tokens}: must be at least 1")
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must be 0 or more")
+        if self.codec != "none" and self.mode in ("none", "text"):
+            raise ConfigError(f"codec={self.codec}: mode {self.mode} reads no memories; leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,13 +9,24 @@ from typing import Literal
 
 from megatron_m3.errors import ConfigError
 
+MAX_SEED = 2**31 - 1
+"""Largest seed that every random stream takes."""
+
 
 def _check_range(section: str, config: object, low: float, high: float, *names: str) -> None:
-    """Refuse fields outside [low, high], and nan, by their dotted names."""
+    """Refuse fields outside [low, high], infinity and nan, by their dotted names."""
     for name in names:
-        if not low <= getattr(config, name) <= high:
-            allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise ConfigError(f"{section}.{name}={getattr(config, name)}: must be {allowed}")
+        value = getattr(config, name)
+        if not low <= value <= high or value == math.inf:
+            allowed = f"at least {low}, and finite" if high == math.inf else f"from {low} to {high}"
+            raise ConfigError(f"{section}.{name}={value}: must be {allowed}")
+
+
+def _check_positive(section: str, config: object, *names: str) -> None:
+    """Refuse fields that are not above 0 and finite, by their dotted names."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ConfigError(f"{section}.{name}={getattr(config, name)}: must be above 0, and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +63,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_range("model", self, 1, math.inf, "num_layers", "num_heads", "num_kv_heads", "head_size", "hidden_size",
                      "ffn_size", "vocab_size", "vocab_multiple")
+        _check_positive("model", self, "rope_theta", "norm_epsilon", "init_std")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}")
         if self.head_size % 2:
@@ -153,6 +165,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_range("data", self, 1, math.inf, "sequence_length", "prefetch")
         _check_range("data", self, 0, 1, "max_overlap")
+        _check_range("data", self, 0, MAX_SEED, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +209,11 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        _check_range("optimizer", self, 0, math.inf, "lr", "weight_decay", "epsilon", "clip_grad")
-        _check_range("optimizer", self, 0, 1, "beta1", "beta2")
+        _check_positive("optimizer", self, "lr")
+        _check_range("optimizer", self, 0, math.inf, "weight_decay", "epsilon", "clip_grad")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: must be from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +256,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _check_range("training", self, 1, math.inf, "steps", "global_batch", "micro_batch")
+        _check_range("training", self, 0, MAX_SEED, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)

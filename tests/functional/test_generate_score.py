@@ -99,6 +99,10 @@ def test_sampling_repeats_with_its_seed(paths, run):
         (["--prompt", "a", "--input", "b"], "prompt"),
         (["--prompt", "a"], "references"),
         (["--prompt", "a", "--no-memory", "--index", "b"], "index"),
+        (["--prompt", "a", "--no-memory", "--max-overlap", "0"], "max_overlap: not read with --no-memory"),
+        (["--prompt", "a", "--references", "b", "--index", "c", "--max-overlap", "-3"], "max_overlap=-3"),
+        (["--prompt", "a", "--references", "b", "--index", "c", "--max-overlap", "nan"], "max_overlap=nan"),
+        (["--prompt", "a", "--references", "b", "--index", "c", "--cache-bytes", "-5"], "cache_bytes=-5"),
         (["--prompt", "a", "--no-memory", "--max-new-tokens", "0"], "max_new_tokens"),
         (["--prompt", "a", "--no-memory", "--temperature", "-1"], "temperature"),
         (["--prompt", "a", "--no-memory", "--what", "1"], "--what"),
@@ -162,6 +166,7 @@ def test_modes_and_settings_give_different_losses(paths, run, tmp_path):
         (["--mode", "shuffled"], None, "two lines"),
         (["--mode", "none", "--memory-layers", "9"], None, "memory.layers"),
         (["--mode", "explicit", "--codec", "Nonsense"], None, "codec"),
+        (["--mode", "text", "--codec", "auto"], None, "codec=auto: mode text reads no memories"),
         (["--mode", "best"], None, "mode"),
     ],
 )
