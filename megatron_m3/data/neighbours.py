@@ -5,17 +5,14 @@ documents with c chunks in all: ``chunk_offsets`` int64 [n + 1]; ``ids`` int64, 
 ``overlaps`` float32, each [c, k].
 """
 
-import functools
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 
-from megatron_m3.manifest import Manifest, block_name, check_files, check_input, map_block, read_manifest
+from megatron_m3.manifest import BlockReader, Manifest, check_files, check_input, read_manifest
 
 KIND, SCHEMA = "neighbours", 1
-OPEN_BLOCKS = 256
-"""Most blocks mapped at a time."""
 
 
 class Rows(NamedTuple):
@@ -33,11 +30,11 @@ class NeighbourStore:
         self.folder, self.manifest, self.hash = folder, manifest, manifest.hash
         self.chunk_length: int = manifest.settings["chunk_length"]
         self.documents_per_block: int = manifest.settings["documents_per_block"]
-        self._block = functools.lru_cache(OPEN_BLOCKS)(lambda index: map_block(self.folder / block_name(index)))
+        self._blocks = BlockReader(folder, manifest)
 
     @classmethod
     def open(cls, folder: str | Path, *, check: bool = False, **inputs: str) -> Self:
-        """Open the folder; ``check`` verifies every checksum, else only sizes.
+        """Open the folder; ``check`` verifies every checksum now, else each block's when it is first used.
 
         Args:
             folder: the neighbours.
@@ -56,7 +53,7 @@ class NeighbourStore:
 
     def rows(self, document: int) -> Rows:
         """Neighbours of every chunk of one document."""
-        block = self._block(document // self.documents_per_block)
+        block = self._blocks[document // self.documents_per_block]
         row = document % self.documents_per_block
         chunks = slice(*block["chunk_offsets"][row : row + 2])
         return Rows(block["ids"][chunks], block["valid"][chunks], block["scores"][chunks])

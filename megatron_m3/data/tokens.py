@@ -10,6 +10,7 @@ from megatron_m3.manifest import Manifest, check_files, check_input, read_manife
 from megatron_m3.platform import select
 
 KIND, SCHEMA, PREFIX, IDS = "tokens", 1, "tokens", "documents.jsonl"
+TOKENS = (f"{PREFIX}.bin", f"{PREFIX}.idx")
 
 
 class TokenStore:
@@ -27,14 +28,17 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: str | Path, *, check: bool = False, tokenizer_hash: str | None = None) -> Self:
-        """Open a folder made by ``m3 data tokenize``; ``check`` verifies every checksum, else only sizes.
+        """Open a folder made by ``m3 data tokenize``.
+
+        The tokens are read once to compare their checksums, about 1 s a GB; ``check`` does that for the documents' ids
+        too, which else waits for :meth:`document_ids`.
 
         Raises:
             ArtifactError: not such a folder, a damaged one, or one of another tokenizer.
         """
         folder = Path(folder)
         manifest = read_manifest(folder, KIND, SCHEMA)
-        check_files(folder, manifest, checksums=check)
+        check_files(folder, manifest, checksums=check or TOKENS)
         if tokenizer_hash is not None:
             check_input(folder, manifest, "tokenizer", tokenizer_hash)
         return cls(folder, manifest)
@@ -52,7 +56,12 @@ class TokenStore:
         return tokens
 
     def document_ids(self) -> list[str]:
-        """The id of each document in its corpus."""
+        """The id of each document in its corpus.
+
+        Raises:
+            ArtifactError: the file of ids is damaged.
+        """
+        check_files(self.folder, self.manifest, checksums=True, names=[IDS])
         with (self.folder / IDS).open() as stream:
             return [json.loads(line)["id"] for line in stream]
 

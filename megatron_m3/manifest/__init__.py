@@ -1,6 +1,6 @@
 """Artifacts on disk: manifests, checksums, atomic writes, resumable block files."""
 
-from megatron_m3.manifest.blocks import BlockFolder, block_name, map_block
+from megatron_m3.manifest.blocks import BlockFolder, BlockReader, block_name, map_block
 from megatron_m3.manifest.manifest import (
     Manifest,
     atomic_folder,
@@ -16,6 +16,7 @@ from megatron_m3.manifest.manifest import (
 
 __all__ = [
     "BlockFolder",
+    "BlockReader",
     "Manifest",
     "atomic_folder",
     "atomic_path",

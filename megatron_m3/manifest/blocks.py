@@ -3,6 +3,7 @@
 Each block is one safetensors file with its own record ``NAME.json`` (bytes, SHA-256, counts), written after it.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,12 +13,14 @@ import numpy as np
 from safetensors.numpy import save
 
 from megatron_m3.errors import ArtifactError
-from megatron_m3.manifest.manifest import atomic_path, hash_file, hash_json
+from megatron_m3.manifest.manifest import Manifest, atomic_path, check_files, hash_file, hash_json
 
 JOB = "job.json"
 DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
           "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 """numpy's names of safetensors' types."""
+OPEN_BLOCKS = 256
+"""Most blocks mapped at a time."""
 
 
 def block_name(index: int) -> str:
@@ -43,6 +46,34 @@ def map_block(path: Path) -> dict[str, np.ndarray]:
         }
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise ArtifactError(f"{path}: not a readable block file ({error}); make it again") from None
+
+
+class BlockReader:
+    """The blocks of a finished artifact, mapped when first asked for.
+
+    The first use of a block in a process reads it whole, once, to compare its SHA-256 with the manifest's (about 1 s a
+    GB, and it warms the file cache); what is mapped again later is not read again.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._verified: set[str] = set()
+        self._map = functools.lru_cache(OPEN_BLOCKS)(self._verify_and_map)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The arrays of block ``index``, as :func:`map_block` gives them.
+
+        Raises:
+            ArtifactError: the block is missing or not what was written.
+        """
+        return self._map(index)
+
+    def _verify_and_map(self, index: int) -> dict[str, np.ndarray]:
+        name = block_name(index)
+        if name not in self._verified:
+            check_files(self.folder, self.manifest, checksums=True, names=[name])
+            self._verified.add(name)
+        return map_block(self.folder / name)
 
 
 class BlockFolder:

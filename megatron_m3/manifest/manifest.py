@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,20 +132,29 @@ def read_manifest(folder: Path, kind: str, schema: int) -> Manifest:
     return manifest
 
 
-def check_files(folder: Path, manifest: Manifest, *, checksums: bool = False) -> None:
+def check_files(
+    folder: Path, manifest: Manifest, *, checksums: bool | Container[str] = False, names: Iterable[str] | None = None
+) -> None:
     """Check that every file of an artifact is there with its size, and with ``checksums`` its SHA-256.
+
+    Args:
+        folder: the artifact's.
+        manifest: its manifest.
+        checksums: whether to read the files and compare checksums, or the names of the files to do that for.
+        names: the only files to check; all by default.
 
     Raises:
         ArtifactError: names the first file that is missing, truncated or changed.
     """
-    for name, recorded in manifest.files.items():
-        path = Path(folder) / name
-        if not path.is_file():
+    for name in manifest.files if names is None else names:
+        path, recorded = Path(folder) / name, manifest.files.get(name)
+        is_read = checksums if isinstance(checksums, bool) else name in checksums
+        if recorded is None or not path.is_file():
             raise ArtifactError(f"{path}: missing; make the {manifest.kind} again")
         size = path.stat().st_size
         if size != recorded["bytes"]:
             raise ArtifactError(f"{path}: {size} bytes, the manifest says {recorded['bytes']}; make it again")
-        if checksums and hash_file(path) != recorded:
+        if is_read and hash_file(path) != recorded:
             raise ArtifactError(f"{path}: checksum differs from the manifest; the file is damaged, make it again")
 
 

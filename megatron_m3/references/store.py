@@ -5,7 +5,6 @@ Reference ``id`` is row ``id % block_size`` of block ``id // block_size``. Array
 ``document`` bytes (the id of its document) and ``document_offsets`` [n + 1]; ``first_token`` [n].
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -13,11 +12,9 @@ from typing import Self
 import numpy as np
 
 from megatron_m3.errors import DataError
-from megatron_m3.manifest import Manifest, block_name, check_files, check_input, map_block, read_manifest
+from megatron_m3.manifest import BlockReader, Manifest, check_files, check_input, read_manifest
 
 KIND, SCHEMA = "references", 1
-OPEN_BLOCKS = 256
-"""Most blocks mapped at a time."""
 
 
 def arrays_of_block(
@@ -54,13 +51,14 @@ class ReferenceStore:
         self.tokenizer_hash = manifest.inputs["tokenizer"]
         self.reference_length: int = manifest.settings["reference_length"]
         self.block_size: int = manifest.settings["block_size"]
-        self._block = functools.lru_cache(OPEN_BLOCKS)(lambda index: map_block(self.folder / block_name(index)))
+        self._blocks = BlockReader(folder, manifest)
         self.num_blocks = len(manifest.files)
-        self._length = (self.num_blocks - 1) * self.block_size + len(self._block(self.num_blocks - 1)["lengths"])
+        self._length = (self.num_blocks - 1) * self.block_size + len(self._blocks[self.num_blocks - 1]["lengths"])
 
     @classmethod
     def open(cls, folder: str | Path, *, check: bool = False, tokenizer_hash: str | None = None) -> Self:
-        """Open a folder made by ``m3 data references``; ``check`` verifies every checksum, else only sizes.
+        """Open a folder made by ``m3 data references``; ``check`` verifies every checksum now, else each
+        block's when it is first used.
 
         Raises:
             ArtifactError: not a reference folder, a damaged one, or one of another tokenizer.
@@ -88,7 +86,7 @@ class ReferenceStore:
         lengths = np.empty(len(ids), np.int32)
         blocks = ids // self.block_size
         for index in np.unique(blocks):
-            chosen, block = blocks == index, self._block(int(index))
+            chosen, block = blocks == index, self._blocks[int(index)]
             rows = ids[chosen] % self.block_size
             tokens[chosen], lengths[chosen] = block["tokens"][rows], block["lengths"][rows]
         return tokens, lengths
@@ -108,7 +106,7 @@ class ReferenceStore:
     def _row(self, id: int) -> tuple[dict[str, np.ndarray], int]:
         if not 0 <= id < len(self):
             raise DataError(f"{self.folder}: reference {id} is not in 0-{len(self) - 1}")
-        return self._block(id // self.block_size), id % self.block_size
+        return self._blocks[id // self.block_size], id % self.block_size
 
     def _text(self, name: str, id: int) -> str:
         block, row = self._row(id)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from megatron_m3.errors import ConfigError
+from megatron_m3.errors import ArtifactError, ConfigError
 from megatron_m3.manifest import Manifest, check_files, check_input, read_manifest
 from megatron_m3.retrieval.embedder import Embedder, load_embedder
 
@@ -37,14 +37,17 @@ class VectorIndex:
 
     @classmethod
     def open(cls, folder: str | Path, *, references_hash: str | None = None, check: bool = False) -> Self:
-        """Open a folder made by ``m3 data index``; ``check`` verifies every checksum, else only sizes.
+        """Open a folder made by ``m3 data index``.
+
+        The index is read once more to compare its checksum, about 1 s a GB; ``check`` does that for the embedder too,
+        which else waits for :meth:`embedder`.
 
         Raises:
             ArtifactError: not an index folder, a damaged one, or one of other references.
         """
         folder = Path(folder)
         manifest = read_manifest(folder, KIND, SCHEMA)
-        check_files(folder, manifest, checksums=check)
+        check_files(folder, manifest, checksums=check or {FILE})
         if references_hash is not None:
             check_input(folder, manifest, "references", references_hash)
         return cls(folder, manifest, read_faiss(folder / FILE))
@@ -93,10 +96,17 @@ class VectorIndex:
 
 
 def read_faiss(path: Path) -> Any:
-    """Read a FAISS index file."""
+    """Read a FAISS index file.
+
+    Raises:
+        ArtifactError: FAISS cannot read it.
+    """
     import faiss
 
-    return faiss.read_index(str(path))
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError:
+        raise ArtifactError(f"{path}: not an index that FAISS can read; make the index again") from None
 
 
 def choose_factory(count: int) -> str:

@@ -167,3 +167,20 @@ def test_damaged_neighbours_are_refused(small, tmp_path):
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"block_000001.*checksum"):
         NeighbourStore.open(folder, check=True)
+    store = NeighbourStore.open(folder)
+    store.rows(0)
+    with pytest.raises(ArtifactError, match=r"block_000001.*checksum"):
+        store.rows(store.documents_per_block)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "documents.jsonl"])
+def test_damaged_tokens_are_refused(small, tmp_path, name):
+    folder = tmp_path / "tokens"
+    shutil.copytree(small.tokens, folder)
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(ArtifactError, match=f"{name}: checksum"):
+        TokenStore.open(folder).document_ids()
+    with pytest.raises(ArtifactError, match=f"{name}: checksum"):
+        TokenStore.open(folder, check=True)

@@ -71,6 +71,11 @@ def test_damage_is_refused(made, tmp_path):
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"block_000001.*checksum"):
         ReferenceStore.open(folder, check=True)
+    store = ReferenceStore.open(folder)
+    assert store.text(0) == REFERENCES[0][0]
+    for read in (store.text, store.source, lambda one: store.tokens([0, one])):
+        with pytest.raises(ArtifactError, match=r"block_000001.*checksum"):
+            read(BLOCK)
     path.write_bytes(data[:-1])
     with pytest.raises(ArtifactError, match=r"block_000001.*bytes, the manifest says"):
         ReferenceStore.open(folder)
@@ -80,6 +85,6 @@ def test_damage_is_refused(made, tmp_path):
 
 
 def test_reading_is_memory_mapped_and_read_only(made):
-    block = ReferenceStore.open(made)._block(0)
+    block = ReferenceStore.open(made)._blocks[0]
     with pytest.raises(ValueError, match="read-only"):
         block["tokens"][0, 0] = 1

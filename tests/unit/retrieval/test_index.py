@@ -1,11 +1,13 @@
 """The vector index against comparison with every vector."""
 
+import faiss
 import numpy as np
 import pytest
 
-from megatron_m3.errors import ConfigError
-from megatron_m3.manifest import Manifest
+from megatron_m3.errors import ArtifactError, ConfigError
+from megatron_m3.manifest import Manifest, hash_file, write_manifest
 from megatron_m3.retrieval.index import (
+    FILE,
     FLAT_LIMIT,
     MISSING,
     VectorIndex,
@@ -83,3 +85,24 @@ def test_factory_by_count():
 def test_factory_that_cannot_be_is_refused(factory):
     with pytest.raises(ConfigError, match=f"factory={factory}"):
         make_index(unit_vectors(100), factory)
+
+
+def seal(folder) -> None:
+    """A manifest of the index file as it is."""
+    files = {FILE: hash_file(folder / FILE)}
+    write_manifest(folder, Manifest(kind="index", schema=1, inputs={}, settings={}, files=files))
+
+
+def test_a_damaged_index_is_refused(tmp_path):
+    path = tmp_path / FILE
+    faiss.write_index(make_index(unit_vectors(30)).faiss_index, str(path))
+    seal(tmp_path)
+    assert len(VectorIndex.open(tmp_path)) == 30
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match=r"index\.faiss: checksum"):
+        VectorIndex.open(tmp_path)
+    path.write_bytes(b"nothing" * 9)
+    seal(tmp_path)
+    with pytest.raises(ArtifactError, match=r"index\.faiss: not an index that FAISS can read"):
+        VectorIndex.open(tmp_path)
