@@ -42,7 +42,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict[T](cls: type[T], values: dict[str, Any], where: str = "") -> T:
-    """A config from plain dictionaries. An unknown key is a :class:`ConfigError`; missing ones keep their defaults."""
+    """A config from plain dictionaries. Missing keys keep their defaults.
+
+    Raises:
+        ConfigError: an unknown key, or a value that is not of its field's type.
+    """
     if not isinstance(values, dict):
         raise ConfigError(f"{where.rstrip('.') or cls.__name__}: must be an object with named fields")
     hints = typing.get_type_hints(cls)
@@ -51,8 +55,28 @@ def from_dict[T](cls: type[T], values: dict[str, Any], where: str = "") -> T:
         if name not in hints:
             raise ConfigError(f"{where}{name}: unknown field; known are {', '.join(hints)}")
         kind = hints[name]
-        known[name] = from_dict(kind, value, f"{where}{name}.") if _is_section(kind) else value
+        path = where + name
+        known[name] = from_dict(kind, value, f"{path}.") if _is_section(kind) else _check(kind, value, path)
     return cls(**known)
+
+
+def _check(kind: Any, value: Any, name: str) -> Any:
+    """A value read from a file, if it is of the field's type; a whole number is a float too, a list is a tuple."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _check(inner[0], value, name)
+    if origin is typing.Literal:
+        if value not in inner:
+            raise ConfigError(f"{name}={value}: choose from {', '.join(inner)}")
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_check(inner[0], part, name) for part in value)
+    if kind is float and type(value) is int:
+        return value
+    if type(value) is not kind:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "a list")
+        raise ConfigError(f"{name}={json.dumps(value)}: must be {wanted}")
+    return value
 
 
 def _convert(kind: Any, text: str, name: str) -> Any:

@@ -113,3 +113,30 @@ def test_dictionaries_with_unknown_or_misplaced_fields_are_refused() -> None:
         replace_fields(Config(), {"model.num_layers.x": "1"})
     with pytest.raises(ConfigError, match="unknown field"):
         replace_fields(Config(), {"model": "1"})
+
+
+@pytest.mark.parametrize(("values", "named"), [
+    ({"model": {"num_layers": "4"}}, 'model.num_layers="4": must be a whole number'),
+    ({"model": {"num_layers": 4.0}}, "model.num_layers=4.0: must be a whole number"),
+    ({"model": {"num_layers": True}}, "model.num_layers=true: must be a whole number"),
+    ({"model": {"num_layers": None}}, "model.num_layers=null: must be a whole number"),
+    ({"optimizer": {"lr": "1"}}, 'optimizer.lr="1": must be a number'),
+    ({"optimizer": {"lr": True}}, "optimizer.lr=true: must be a number"),
+    ({"optimizer": {"lr": [1]}}, "optimizer.lr=[1]: must be a number"),
+    ({"training": {"dtype": "fp8"}}, "training.dtype=fp8: choose from fp32, bf16"),
+    ({"training": {"dtype": ["bf16"]}}, "training.dtype=['bf16']: choose from fp32, bf16"),
+    ({"guard": {"enabled": 1}}, "guard.enabled=1: must be true or false"),
+    ({"memory": {"tokens": 8}}, "memory.tokens=8: must be text"),
+])
+def test_dictionaries_with_values_of_another_type_are_refused(values: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict(Config, values)
+    assert str(caught.value) == named
+
+
+def test_dictionaries_from_a_file_give_the_fields_of_the_class() -> None:
+    assert from_dict(Config, {"optimizer": {"lr": 1}}).optimizer.lr == 1
+    assert from_dict(Options, {"input": "a", "layers": [3], "limit": None}) == Options(
+        input="a", layers=(3,), limit=None)
+    with pytest.raises(ConfigError, match=r"layers=3: must be a list"):
+        from_dict(Options, {"input": "a", "layers": 3})
