@@ -100,7 +100,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 def save_checkpoint(output: Path, step: int, models: Sequence[Any], config: Config, *,
                     state: dict[str, Any] | None = None, training: dict[str, Any] | None = None,
-                    good: bool = True) -> Path:
+                    inputs: dict[str, str] | None = None, good: bool = True) -> Path:
     """Write the checkpoint after ``step`` steps; a collective over all processes.
 
     Args:
@@ -110,6 +110,7 @@ def save_checkpoint(output: Path, step: int, models: Sequence[Any], config: Conf
         config: settings of the run, ``data.tokenizer`` among them.
         state: further tensors and objects as dist_checkpointing takes them: optimizer, generators.
         training: further plain values for the manifest: data position, guard.
+        inputs: hashes of the artifacts it was trained on, by role; the tokenizer's is added.
         good: whether training was healthy when it was taken.
 
     Raises:
@@ -134,8 +135,8 @@ def save_checkpoint(output: Path, step: int, models: Sequence[Any], config: Conf
     def finish() -> None:
         settings = {"config": to_dict(config), "weights_hash": fingerprint, "step": step, "good": good,
                     "training": training or {}}
-        write_manifest(temporary, Manifest(kind=KIND, schema=SCHEMA, inputs={"tokenizer": tokenizer.hash},
-                                           settings=settings, files=files))
+        write_manifest(temporary, Manifest(kind=KIND, schema=SCHEMA, settings=settings, files=files,
+                                           inputs=(inputs or {}) | {"tokenizer": tokenizer.hash}))
         if folder.exists():
             remove_checkpoint(folder)
         temporary.rename(folder)

@@ -35,7 +35,7 @@ from megatron_m3.training.metrics import Metrics, measure_peak_tflops, say
 from megatron_m3.training.record import describe, write_run_record
 from megatron_m3.training.schedule import learning_rate
 from megatron_m3.training.setup import Machinery, build_machinery, check_run
-from megatron_m3.training.state import RunState, load_run, save_run, start_from
+from megatron_m3.training.state import RunState, data_hashes, load_run, save_run, start_from
 from megatron_m3.training.step import StepResult, training_step
 
 GUARD_FILE = "guard.json"
@@ -91,6 +91,7 @@ class Loop:
 
     def __init__(self, machinery: Machinery, dataset: TrainingDataset, requests: signals.Requests) -> None:
         self.machinery, self.dataset, self.requests = machinery, dataset, requests
+        self.hashes = data_hashes(dataset)
         self.config = config = machinery.config
         self.output = Path(config.training.output)
         self.first = dist.get_rank() == 0
@@ -113,14 +114,14 @@ class Loop:
             write_run_record(self.machinery)
             say(describe(self.machinery))
         if found:
-            self.state = load_run(self.machinery, found[-1])
+            self.state = load_run(self.machinery, found[-1], self.hashes)
             self.saved_step = self.state.step
             if (self.output / GUARD_FILE).exists():
                 self.guard.state = GuardState.from_dict(json.loads((self.output / GUARD_FILE).read_text()))
             self.guard.restore(self.state.guard)
             self._say(f"going on after step {self.state.step} from {found[-1]}")
         elif self.config.training.init_from:
-            start_from(self.machinery, self._initial_checkpoint())
+            start_from(self.machinery, self._initial_checkpoint(), self.hashes)
         if self.first:
             self.metrics.begin(self.state.step)
         if not found and self.config.guard.enabled:
@@ -192,7 +193,7 @@ class Loop:
 
     def _save(self) -> None:
         self.state.guard = self.guard.state
-        save_run(self.machinery, self.state, good=not self.guard.pending)
+        save_run(self.machinery, self.state, self.hashes, good=not self.guard.pending)
         self.saved_step = self.state.step
         if self.first:
             remove_checkpoints(self.output, self.config.checkpoint.keep)
@@ -201,7 +202,7 @@ class Loop:
         """Return to the last good checkpoint; skip the sequences since the suspicion arose, at a lower rate."""
         left, folder = self.state.step, self._last_trusted_checkpoint()
         skipped = self.guard.roll_back(self.state.position)
-        self.state = load_run(self.machinery, folder)
+        self.state = load_run(self.machinery, folder, self.hashes)
         self.guard.restore(self.state.guard)
         self.saved_step, self.reader_position = self.state.step, -1
         if not self.first:

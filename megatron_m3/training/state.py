@@ -10,8 +10,10 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_m3.config import Config
+from megatron_m3.config import Config, from_dict, to_dict
+from megatron_m3.data import TrainingDataset
 from megatron_m3.errors import ConfigError
+from megatron_m3.manifest import Manifest
 from megatron_m3.model.checkpoint import (
     check_same_model,
     check_weights,
@@ -24,6 +26,10 @@ from megatron_m3.model.weights_hash import sharded_state, sharding_metadata
 from megatron_m3.platform import select
 from megatron_m3.training.guard import GuardState
 from megatron_m3.training.setup import Machinery, prepare_optimizer
+
+FREE_SETTINGS = {"data": ("tokenizer", "tokens", "references", "neighbours", "loader", "prefetch"), "memory": ()}
+"""Fields of the sections that make the data which may change within a run: places (their hashes count) and speed."""
+NEW_RUN = "start a new training.output with training.init_from"
 
 
 @dataclass(kw_only=True)
@@ -38,26 +44,38 @@ class RunState:
     """Memory of the divergence guard."""
 
 
-def save_run(machinery: Machinery, state: RunState, *, good: bool) -> Path:
-    """Write the checkpoint of this step; a collective. Returns its folder."""
+def data_hashes(dataset: TrainingDataset) -> dict[str, str]:
+    """Hashes of the artifacts that a run trains on, by the field of the data section that names them."""
+    hashes = {"tokenizer": dataset.tokens.tokenizer_hash, "tokens": dataset.tokens.hash}
+    if dataset.references is not None:
+        hashes |= {"references": dataset.references.hash, "neighbours": dataset.neighbours.hash}
+    return hashes
+
+
+def save_run(machinery: Machinery, state: RunState, hashes: dict[str, str], *, good: bool) -> Path:
+    """Write the checkpoint of this step, trained on the data of ``hashes``; a collective. Returns its folder."""
     config = machinery.config
     optimizer = machinery.optimizer.sharded_state_dict(sharded_state(machinery.models), metadata=sharding_metadata())
     sharded = {"optimizer": optimizer, "generators": _generators(_layout())}
     training = {"position": state.position, "guard": state.guard.to_dict(), "layout": list(_layout())}
     return save_checkpoint(Path(config.training.output), state.step, machinery.models, config,
-                           state=sharded, training=training, good=good)
+                           state=sharded, training=training, inputs=hashes, good=good)
 
 
-def load_run(machinery: Machinery, folder: Path) -> RunState:
+def load_run(machinery: Machinery, folder: Path, hashes: dict[str, str]) -> RunState:
     """Bring weights, optimizer and generators to a checkpoint's state, and return the rest; a collective.
+
+    ``hashes`` are those of the data that the run goes on with (:func:`data_hashes`).
 
     Raises:
         ArtifactError: a damaged checkpoint.
-        ConfigError: a checkpoint of a model of another shape, precision or kind of optimizer.
+        ConfigError: a checkpoint of a model of another shape, precision or kind of optimizer, or of other data.
     """
     check_same_model(folder, machinery.config)
-    stored = read_checkpoint(folder).settings
+    manifest = read_checkpoint(folder)
+    stored = manifest.settings
     _check_same_optimizer(folder, stored["config"], machinery.config)
+    _check_same_data(folder, manifest, machinery.config, hashes)
     layout, training = _layout(), stored["training"]
     sharded = sharded_state(machinery.models)
     sharded["optimizer"] = machinery.optimizer.sharded_state_dict(
@@ -77,14 +95,19 @@ def load_run(machinery: Machinery, folder: Path) -> RunState:
     return RunState(step=stored["step"], position=training["position"], guard=GuardState.from_dict(training["guard"]))
 
 
-def start_from(machinery: Machinery, folder: Path) -> None:
+def start_from(machinery: Machinery, folder: Path, hashes: dict[str, str]) -> None:
     """Take the weights of another run's checkpoint, and nothing else of it (``training.init_from``); a collective.
 
     Raises:
         ArtifactError: a damaged checkpoint.
-        ConfigError: a checkpoint of a model of another shape.
+        ConfigError: a checkpoint of a model of another shape, or of another tokenizer.
     """
     check_same_model(folder, machinery.config)
+    if read_checkpoint(folder).inputs["tokenizer"] != hashes["tokenizer"]:
+        raise ConfigError(
+            f"data.tokenizer={machinery.config.data.tokenizer}: the checkpoint {folder} was trained with another "
+            f"tokenizer; take {folder / 'tokenizer'} and tokens made with it"
+        )
     load_weights(folder, machinery.models)
     machinery.optimizer.reload_model_params()
 
@@ -113,9 +136,26 @@ def _check_same_optimizer(folder: Path, stored: dict[str, Any], config: Config) 
         if stored[section][name] != mine:
             raise ConfigError(
                 f"{section}.{name}={str(mine).lower()}: the run's checkpoint {folder} has "
-                f"{str(stored[section][name]).lower()}; make them equal, or start a new training.output with "
-                "training.init_from"
+                f"{str(stored[section][name]).lower()}; make them equal, or {NEW_RUN}"
             )
+
+
+def _check_same_data(folder: Path, manifest: Manifest, config: Config, hashes: dict[str, str]) -> None:
+    """Refuse to go on with sequences, references or a use of memory other than the run had so far."""
+    for name, mine in hashes.items():
+        if manifest.inputs.get(name) != mine:
+            raise ConfigError(
+                f"data.{name}={getattr(config.data, name)}: the run's checkpoint {folder} was not trained with it; "
+                f"give the {name} of the run, or {NEW_RUN}"
+            )
+    before, now = to_dict(from_dict(Config, manifest.settings["config"])), to_dict(config)
+    for section, free in FREE_SETTINGS.items():
+        for name, mine in now[section].items():
+            if name not in free and before[section][name] != mine:
+                raise ConfigError(
+                    f"{section}.{name}={mine}: the run's checkpoint {folder} has {before[section][name]}; "
+                    f"make them equal, or {NEW_RUN}"
+                )
 
 
 def _layout() -> tuple[int, int, int]:

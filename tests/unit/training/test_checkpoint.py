@@ -39,8 +39,10 @@ def copied(trained, tmp_path):
 def test_checkpoint_names_what_it_is_made_of(trained, training_data):
     manifest = read_checkpoint(trained / "step_0000002")
     check_files(trained / "step_0000002", manifest, checksums=True)
-    tokenizer = read_manifest(training_data.tokenizer, "tokenizer", 1)
-    assert manifest.inputs == {"tokenizer": tokenizer.hash}
+    assert manifest.inputs == {
+        name: read_manifest(getattr(training_data, name), name, 1).hash
+        for name in ("tokenizer", "tokens", "references", "neighbours")
+    }
     assert manifest.settings["step"] == 2
     assert manifest.settings["good"] is True
     assert manifest.settings["training"]["position"] == 8

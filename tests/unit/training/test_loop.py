@@ -3,10 +3,15 @@ import shutil
 
 import pytest
 
+from data_tools import tokenize
 from megatron_m3.config import from_dict
 from megatron_m3.config.schema import Config
+from megatron_m3.data import TokenStore
 from megatron_m3.errors import ArtifactError, ConfigError, M3Error
 from megatron_m3.manifest import read_manifest
+from megatron_m3.references import ReferenceStore
+from megatron_m3.tokenizer import Tokenizer
+from tests.small_data import SmallData, write_neighbours
 
 WILD = {"optimizer__lr": 30, "schedule__style": "constant", "schedule__warmup_fraction": 0, "training__steps": 8,
         "checkpoint__every": 1, "checkpoint__keep": 0, "guard__min_history": 1, "guard__spike_steps": 2}
@@ -134,12 +139,46 @@ def test_weights_of_another_shape_are_refused(run, tmp_path):
 
 @pytest.mark.parametrize(("field", "value"), [
     ("training__dtype", "bf16"), ("parallel__distributed_optimizer", True), ("training__stage", "continual"),
-    ("model__ffn_size", 128),
+    ("model__ffn_size", 128), ("data__seed", 7), ("data__sequence_length", 48), ("memory__prefix", "Text:"),
 ])
 def test_going_on_as_another_run_is_refused(run, field, value):
     run(training__steps=1)
     with pytest.raises(ConfigError, match=field.replace("__", r"\.")):
         run(training__steps=2, **{field: value})
+
+
+@pytest.mark.parametrize("field", ["tokens", "neighbours"])
+def test_going_on_with_other_data_is_refused(run, training_data, tmp_path, field):
+    run(training__steps=1, training__stage="continual")
+    folder = shutil.copytree(training_data.folder, tmp_path / "data")
+    for name in ("tokens", "neighbours") if field == "tokens" else ("neighbours",):
+        shutil.rmtree(folder / name)
+    common = ["--input", str(folder / "corpus.jsonl"), "--tokenizer", str(folder / "tokenizer")]
+    if field == "tokens":
+        lines = (folder / "corpus.jsonl").read_text().splitlines(keepends=True)
+        (folder / "corpus.jsonl").write_text("".join(lines[::-1]))
+        tokenize.main([*common, "--output", str(folder / "tokens")])
+    data = SmallData(folder)
+    write_neighbours(data.neighbours, TokenStore.open(data.tokens), ReferenceStore.open(data.references),
+                     Tokenizer.load(data.tokenizer).hash, seed=1)
+    with pytest.raises(ConfigError, match=rf"data\.{field}=.*give the {field} of the run, or start a new") as caught:
+        run(training__steps=2, training__stage="continual", data=data)
+    assert "\n" not in str(caught.value)
+
+
+def test_going_on_with_the_data_elsewhere_and_another_loader_works(run, training_data, tmp_path):
+    run(training__steps=1)
+    data = SmallData(shutil.copytree(training_data.folder, tmp_path / "data"))
+    summary, _ = run(training__steps=2, data=data, data__prefetch=2)
+    assert summary.step == 2
+
+
+def test_another_tokenizer_is_refused(run, other_data, tmp_path):
+    run("first", training__steps=1)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*was not trained with it"):
+        run("first", training__steps=2, data=other_data)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*another tokenizer; take .*step_0000001/tokenizer"):
+        run("second", data=other_data, training__init_from=tmp_path / "first")
 
 
 def test_output_of_another_run_is_refused_without_resume(run):
