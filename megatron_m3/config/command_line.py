@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import json
+import re
 import sys
 import textwrap
 import types
@@ -14,9 +15,18 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_m3.errors import ConfigError
+from megatron_m3.errors import ConfigError, UnsupportedError
 
 UNSET = object()
+
+UNSUPPORTED = {"moe|experts?|num[-_]experts": "mixture of experts is not supported; every MLP is dense"}
+"""Settings that are refused by name: a pattern of an option's last words, and the answer."""
+
+
+def _refuse_unsupported(name: str) -> None:
+    for words, answer in UNSUPPORTED.items():
+        if re.fullmatch(rf"(.*\.)?({words})([-_.].*)?", name):
+            raise UnsupportedError(f"{name}: {answer}")
 
 
 @functools.cache
@@ -53,6 +63,7 @@ def from_dict[T](cls: type[T], values: dict[str, Any], where: str = "") -> T:
     known: dict[str, Any] = {}
     for name, value in values.items():
         if name not in hints:
+            _refuse_unsupported(where + name)
             raise ConfigError(f"{where}{name}: unknown field; known are {', '.join(hints)}")
         kind = hints[name]
         path = where + name
@@ -173,7 +184,11 @@ class _Parser(argparse.ArgumentParser):
             if word.startswith("--"):
                 name, equals, value = word.partition("=")
                 words[index] = name.replace("_", "-") + equals + value
-        return super().parse_known_args(words, namespace)
+        parsed, unknown = super().parse_known_args(words, namespace)
+        for word in unknown:
+            if word.startswith("--"):
+                _refuse_unsupported(word[2:].partition("=")[0])
+        return parsed, unknown
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(f"{message}; `{self.prog} --help` lists the options")

@@ -18,7 +18,7 @@ from megatron_m3.config import (
     to_dict,
 )
 from megatron_m3.config.command_line import field_docs
-from megatron_m3.errors import ConfigError
+from megatron_m3.errors import ConfigError, UnsupportedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,3 +140,14 @@ def test_dictionaries_from_a_file_give_the_fields_of_the_class() -> None:
         input="a", layers=(3,), limit=None)
     with pytest.raises(ConfigError, match=r"layers=3: must be a list"):
         from_dict(Options, {"input": "a", "layers": 3})
+
+
+@pytest.mark.parametrize("name", ["model.num-experts", "model.moe", "moe", "model.moe-router-topk", "parallel.expert",
+                                  "num_experts"])
+def test_mixture_of_experts_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"{name.replace('_', '-')}: mixture of experts is not supported"):
+        parsed("--input", "a", f"--{name}", "8")
+    with pytest.raises(UnsupportedError, match="mixture of experts is not supported"):
+        parsed("--input", "a", f"--{name}=8")
+    with pytest.raises(UnsupportedError, match=r"model\.num_experts: mixture of experts"):
+        from_dict(Config, {"model": {"num_experts": 8}})
