@@ -106,26 +106,32 @@ class Loop:
         self.seconds_per_step = 0.0
 
     def start(self, found: list[Path]) -> None:
-        """Go on from the newest of the run's checkpoints ``found``, or begin with new or given weights."""
-        if self.first:
-            self.output.mkdir(parents=True, exist_ok=True)
-            for leftover in self.output.glob(".step_*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            write_run_record(self.machinery)
-            say(describe(self.machinery))
+        """Go on from the newest of the run's checkpoints ``found``, or begin with new or given weights.
+
+        Nothing is written before what is there has been read and found to fit.
+        """
         if found:
             self.state = load_run(self.machinery, found[-1], self.hashes)
             self.saved_step = self.state.step
             if (self.output / GUARD_FILE).exists():
                 self.guard.state = GuardState.from_dict(json.loads((self.output / GUARD_FILE).read_text()))
             self.guard.restore(self.state.guard)
-            self._say(f"going on after step {self.state.step} from {found[-1]}")
         elif self.config.training.init_from:
             start_from(self.machinery, self._initial_checkpoint(), self.hashes)
         if self.first:
-            self.metrics.begin(self.state.step)
+            self._begin_record(found)
         if not found and self.config.guard.enabled:
             self._save()
+
+    def _begin_record(self, found: list[Path]) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        for leftover in self.output.glob(".step_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        write_run_record(self.machinery)
+        self.metrics.begin(self.state.step)
+        say(describe(self.machinery))
+        if found:
+            say(f"going on after step {self.state.step} from {found[-1]}")
 
     def _initial_checkpoint(self) -> Path:
         folder = Path(self.config.training.init_from)

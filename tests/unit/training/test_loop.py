@@ -21,6 +21,10 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if path.name.startswith((".step", "step")))
 
 
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
 def test_run_leaves_checkpoints_settings_and_environment(run, tmp_path, capsys):
     summary, records = run(training__steps=5, checkpoint__every=2, checkpoint__keep=2)
     folder = tmp_path / "run"
@@ -145,6 +149,18 @@ def test_going_on_as_another_run_is_refused(run, field, value):
     run(training__steps=1)
     with pytest.raises(ConfigError, match=field.replace("__", r"\.")):
         run(training__steps=2, **{field: value})
+
+
+def test_refused_start_leaves_the_run_as_it_was(run, tmp_path):
+    run(training__steps=1)
+    (tmp_path / "run" / ".step_0000009.tmp").mkdir()
+    before = contents(tmp_path / "run")
+    with pytest.raises(ConfigError):
+        run(training__steps=2, memory__prefix="Text:", logging__tensorboard=True)
+    assert contents(tmp_path / "run") == before
+    with pytest.raises(ConfigError):
+        run("second", model__num_layers=2, training__init_from=tmp_path / "run", logging__tensorboard=True)
+    assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize("field", ["tokens", "neighbours"])
