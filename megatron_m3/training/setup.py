@@ -72,8 +72,13 @@ def check_run(config: Config, world_size: int) -> None:
             f"(training.global_batch / training.micro_batch / data-parallel processes) must be a multiple of "
             f"parallel.pipeline={parallel.pipeline}"
         )
-    if parallel.sequence and training.stage == "warmup" and config.data.sequence_length % parallel.tensor:
-        raise ConfigError(f"data.sequence_length={config.data.sequence_length}: must be a multiple of parallel.tensor")
+    num_reference_tokens = config.data.sequence_length // config.memory.chunk_length * config.memory.reference_length
+    if parallel.sequence and training.stage == "continual" and num_reference_tokens % parallel.tensor:
+        raise ConfigError(
+            f"parallel.sequence=true: parallel.tensor={parallel.tensor} must divide the {num_reference_tokens} reference "
+            "tokens of a sequence (data.sequence_length / memory.chunk_length * memory.reference_length); change one, or "
+            "set parallel.sequence=false"
+        )
 
 
 def build_machinery(

@@ -56,6 +56,23 @@ def test_interleaved_pipeline_wants_whole_rounds_of_micro_batches():
         check_run(config, 2)
 
 
+@pytest.mark.parametrize(("stage", "fits"), [("warmup", True), ("continual", False)])
+def test_sequence_parallelism_wants_reference_tokens_that_divide(stage, fits):
+    from megatron_m3.platform import select
+
+    select()
+    from megatron_m3.training.setup import check_run
+
+    config = parse_config(["--recipe", "tiny", "--training.output", "x", "--parallel.tensor", "2",
+                           "--parallel.sequence", "true", "--memory.reference_length", "5",
+                           "--memory.chunk_length", "7", "--data.sequence_length", "21", "--training.stage", stage])
+    if fits:
+        check_run(config, 2)
+        return
+    with pytest.raises(ConfigError, match=r"parallel\.sequence=true: parallel\.tensor=2 must divide the 15 reference"):
+        check_run(config, 2)
+
+
 def test_command_exits_with_status_2_and_one_line():
     done = run_module("launch.pretrain", ["--recipe", "tiny"], expect=2)
     assert done.stderr == "error: training.output: give the folder of the run\n"
