@@ -132,6 +132,9 @@ class Loop:
         say(describe(self.machinery))
         if found:
             say(f"going on after step {self.state.step} from {found[-1]}")
+        elif self.config.training.stage == "continual" and not self.config.training.init_from:
+            say("warning: training.init_from is empty: the continual stage starts from random weights, and a model that "
+                "begins so learns to ignore its memories; give it a warmup checkpoint")
 
     def _initial_checkpoint(self) -> Path:
         folder = Path(self.config.training.init_from)

@@ -70,6 +70,19 @@ def test_continual_starts_from_warmup_weights(run, tmp_path):
     assert begun["training"]["position"] == 0
 
 
+def test_continual_from_random_weights_is_warned_of_once(run, tmp_path, capsys):
+    def warnings():
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: training.init_from")]
+
+    run("warmup", training__steps=1)
+    run("from_warmup", training__steps=1, training__stage="continual", training__init_from=tmp_path / "warmup")
+    assert not warnings()
+    run("bare", training__steps=1, training__stage="continual")
+    assert len(warnings()) == 1
+    run("bare", training__steps=2, training__stage="continual")
+    assert not warnings()
+
+
 def test_divergence_returns_to_a_trusted_checkpoint_and_training_recovers(run, tmp_path, capsys):
     """A learning rate of 30 really diverges; a thousandth of it does not."""
     summary, records = run(**WILD, guard__lr_factor=0.001)
