@@ -1,6 +1,7 @@
 """From a config to what a training step needs: model chunks, gradient buffers, optimizer, laid over the processes."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,10 @@ def check_run(config: Config, world_size: int) -> None:
     parallel, training = config.parallel, config.training
     if not training.output:
         raise ConfigError("training.output: give the folder of the run")
+    if (Path(training.output) / "manifest.json").exists():
+        raise ConfigError(
+            f"training.output={training.output}: is an artifact of its own, not a run's folder; choose another folder"
+        )
     check_world_size(parallel, world_size)
     data_size = world_size // (parallel.tensor * parallel.pipeline)
     if training.global_batch % (training.micro_batch * data_size):

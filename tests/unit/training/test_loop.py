@@ -210,6 +210,14 @@ def test_another_tokenizer_is_refused(run, other_data, tmp_path):
         run("second", data=other_data, training__init_from=tmp_path / "first")
 
 
+@pytest.mark.parametrize("name", ["tokens", "tokenizer"])
+def test_output_of_another_kind_is_refused(run, training_data, name):
+    before = contents(training_data.folder / name)
+    with pytest.raises(ConfigError, match=r"training\.output=.*not a run's folder; choose another"):
+        run(training__steps=1, training__output=training_data.folder / name)
+    assert contents(training_data.folder / name) == before
+
+
 def test_output_of_another_run_is_refused_without_resume(run):
     run(training__steps=1)
     with pytest.raises(ConfigError, match=r"training\.output=.*holds checkpoints"):
