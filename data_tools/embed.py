@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 KIND, SCHEMA = "embeddings", 1
 BATCH = 1024
+MAX_SIZE = 1 << 16
+"""Largest --size: vectors are dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class Options:
         for name in ("size", "sample", "max_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.size > MAX_SIZE:
+            raise ConfigError(f"size={self.size}: must be at most {MAX_SIZE:,}")
         if (self.embedder == "transformer") != bool(self.model):
             raise ConfigError("model: give it with embedder=transformer, and only then")
 

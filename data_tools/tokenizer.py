@@ -6,8 +6,11 @@ from pathlib import Path
 
 from data_tools.documents import Corpus, show_counts
 from megatron_m3.config import parse
-from megatron_m3.errors import exit_on_user_error
+from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import is_finished
+
+MAX_VOCAB_SIZE = 10_000_000
+"""Largest --vocab-size: the trainer allocates its table at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,10 @@ class Options:
     """Folder to write; it must not exist, or be empty."""
     vocab_size: int = 8192
     """Tokens in the vocabulary, special tokens included; a small corpus may give fewer."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ConfigError(f"vocab_size={self.vocab_size}: must be at most {MAX_VOCAB_SIZE:,}")
 
 
 def run(options: Options) -> None:

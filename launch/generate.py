@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from megatron_m3.inference.generation import Generation, Statistics
 
 FIRST_CHARACTERS = 60
+MAX_NEW_TOKENS = 1_000_000
+"""The key-value cache holds all of them from the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,12 @@ class GenerateOptions:
         for name in ("max_new_tokens", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.max_new_tokens > MAX_NEW_TOKENS:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: must be at most {MAX_NEW_TOKENS:,}")
+        try:
+            (self.prompt or "").encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"prompt={self.prompt!a}: not UTF-8; give text in UTF-8") from None
         if self.cache_bytes < 0:
             raise ConfigError(f"cache_bytes={self.cache_bytes}: must be 0 (keep nothing) or more")
         if self.max_overlap is not None and not 0 <= self.max_overlap <= 1:
@@ -140,7 +148,7 @@ def read_prompts(path: Path) -> list[str]:
             try:
                 prompt = json.loads(raw.decode("utf-8"))["prompt"]
                 prompt.encode("utf-8")
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise DataError(f'{path}, line {number}: not {{"prompt": "..."}} in UTF-8; mend the line') from None
             prompts.append(prompt)
     if not prompts:

@@ -107,6 +107,10 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         _check_range("memory", self, 1, math.inf, "reference_length", "chunk_length", "references_per_chunk", "window")
+        try:
+            self.prefix.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"memory.prefix={self.prefix!a}: not UTF-8; give text in UTF-8") from None
         if self.num_kept_tokens < 1:
             raise ConfigError(f"memory.tokens={self.tokens}: must be at least 1, or all")
 

@@ -55,6 +55,8 @@ def _parse(raw: bytes, where: str, number: int, tokenizer: Tokenizer) -> Example
         fields = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError:
         raise DataError(f"{where}: not UTF-8; save the file as UTF-8") from None
+    except RecursionError:
+        raise DataError(f"{where}: nested too deeply; write one flat object a line") from None
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}); write one object a line") from None
     if not isinstance(fields, dict):

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from megatron_m3.errors import ConfigError
 
+MIN_TEMPERATURE = 1e-3
+"""Below it a division of the logits can overflow, and the draw is the likeliest token anyway."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -26,8 +29,8 @@ class Sampling:
     """Random stream; a prompt's tokens depend on it and on the prompt, never on its batch."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature={self.temperature}: must be 0 (greedy) or a positive number")
+        if self.temperature != 0.0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature={self.temperature}: must be 0 (greedy) or at least {MIN_TEMPERATURE}")
         if self.top_k < 0:
             raise ConfigError(f"top_k={self.top_k}: must be 0 (all tokens) or more")
         if not 0.0 < self.top_p <= 1.0:

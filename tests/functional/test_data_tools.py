@@ -225,6 +225,7 @@ def test_a_reference_length_that_cannot_work_is_refused(tmp_path, trained):
     (["--output", "x", "--input", "y", "--colour", "red"], "unrecognized arguments: --colour red"),
     (["--output", "x"], "the following arguments are required: --input"),
     (["--output", "x", "--input", "none.jsonl"], "none.jsonl: no such file"),
+    (["--output", "x", "--input", "none.jsonl", "--vocab-size", "99999999999"], "vocab_size=99999999999: must be at"),
     (["--output", "x", "--input", "none.jsonl", "--vocab-size", "many"], "=many: not a valid int"),
 ])
 def test_user_errors_are_one_line_and_status_2(arguments, message):

@@ -104,7 +104,11 @@ def test_sampling_repeats_with_its_seed(paths, run):
         (["--prompt", "a", "--references", "b", "--index", "c", "--max-overlap", "nan"], "max_overlap=nan"),
         (["--prompt", "a", "--references", "b", "--index", "c", "--cache-bytes", "-5"], "cache_bytes=-5"),
         (["--prompt", "a", "--no-memory", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["--prompt", "a", "--no-memory", "--max-new-tokens", "1000000000000"], "max_new_tokens=1000000000000"),
+        (["--prompt", "a\udcff", "--no-memory"], r"prompt='a\\udcff': not UTF-8"),
         (["--prompt", "a", "--no-memory", "--temperature", "-1"], "temperature"),
+        (["--prompt", "a", "--no-memory", "--temperature", "1e-320"], "temperature=1e-320"),
+        (["--prompt", "a", "--no-memory", "--temperature", "nan"], "temperature=nan"),
         (["--prompt", "a", "--no-memory", "--what", "1"], "--what"),
         (["--input", "/nonexistent", "--no-memory"], "no such file"),
     ],
@@ -116,7 +120,7 @@ def test_a_wrong_generate_command_is_refused_by_name(paths, run, options, reason
 
 
 def test_bad_prompts_are_named_by_line(paths, run, tmp_path):
-    for line in (b"{", b'{"text": "a"}', b'{"prompt": 3}', b'{"prompt": "\xff"}', b"[]"):
+    for line in (b"{", b'{"text": "a"}', b'{"prompt": 3}', b'{"prompt": "\xff"}', b"[]", b"[" * 200_000):
         (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "a"}\n' + line)
         with pytest.raises(M3Error, match=r"bad\.jsonl, line 2"):
             run("generate", "--checkpoint", paths["run"], "--no-memory", "--input", tmp_path / "bad.jsonl")

@@ -256,6 +256,7 @@ def test_neighbours_of_another_corpus_are_refused(made, tmp_path):
 @pytest.mark.parametrize(("job", "options", "message"), [
     ("embed", ["--references", "none"], "none: no such folder"),
     ("embed", ["--references", "{made}/references", "--size", "0"], "size=0"),
+    ("embed", ["--references", "{made}/references", "--size", "99999999"], "size=99999999: must be at most"),
     ("embed", ["--references", "{made}/references", "--embedder", "transformer"], "model: give it with"),
     ("embed", ["--references", "{made}/references", "--embedder", "transformer", "--model", "{made}"], "model={made}"),
     ("embed", ["--references", "{made}/references", "--colour", "red"], "--colour"),

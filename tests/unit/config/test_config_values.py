@@ -69,6 +69,7 @@ def test_kept_tokens_are_at_most_the_reference() -> None:
     ({"memory__layers": "0-4"}, "memory.layers=0-4: the model has layers 0-3"),
     ({"memory__tokens": "some"}, "memory.tokens=some"),
     ({"memory__tokens": "0"}, "memory.tokens=0"),
+    ({"memory__prefix": "a\udcff"}, "memory.prefix='a\\udcff': not UTF-8"),
     ({"memory__window": "0"}, "memory.window=0"),
     ({"data__sequence_length": "30"}, "data.sequence_length=30"),
     ({"data__sequence_length": "0"}, "data.sequence_length=0"),

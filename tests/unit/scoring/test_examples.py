@@ -38,6 +38,7 @@ def test_parts_are_tokenized_separately_as_given(tmp_path, tokenizer):
         (b"{", "not JSON"),
         (b'{"id": "\xff"}', "not UTF-8"),
         (b"[1]", "not an object"),
+        (b'{"id": ' + b"[" * 200_000, "nested too deeply"),
         ({**GOOD, "id": None}, "id"),
         ({**GOOD, "id": True}, "id"),
         ({**GOOD, "context": 3}, "context"),
