@@ -65,16 +65,22 @@ def _wrap(number: int) -> int:
 def _shard_sum(data: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> int:
     """Sum over a shard's elements of their mixtures of bits and global position, modulo 2^64."""
     data = data.detach()
-    data = data.reshape((1,) * (len(shape) - data.dim()) + tuple(data.shape))
-    position = torch.zeros((), dtype=torch.int64, device=data.device)
-    for axis, (first, length) in enumerate(zip(offset, shape, strict=True)):
-        index = torch.arange(first, first + data.shape[axis], device=data.device)
-        position = position * length + index.view([-1 if other == axis else 1 for other in range(len(shape))])
-    bits = data.contiguous().view(BIT_TYPES[data.element_size()]).reshape(-1)
-    position, total = position.reshape(-1), 0
+    local = (1,) * (len(shape) - data.dim()) + tuple(data.shape)
+    bits, total = data.contiguous().view(BIT_TYPES[data.element_size()]).reshape(-1), 0
     for first in range(0, bits.numel(), BLOCK):
         block = bits[first : first + BLOCK].to(torch.int64) * MULTIPLIERS[0]
-        block = block + position[first : first + BLOCK] * MULTIPLIERS[1]
+        block = block + _positions(first, len(block), local, offset, shape, data.device) * MULTIPLIERS[1]
         block = (block ^ (block >> 29)) * MULTIPLIERS[2]
         total = _wrap(total + int((block ^ (block >> 32)).sum()))
     return total
+
+
+def _positions(first: int, count: int, local: Sequence[int], offset: Sequence[int], shape: Sequence[int],
+               device: torch.device) -> torch.Tensor:
+    """Positions ``[count]`` in the global tensor of a shard's elements from ``first`` on; ``local`` is its shape."""
+    left = torch.arange(first, first + count, device=device)
+    position, stride = torch.zeros_like(left), 1
+    for axis in range(len(shape) - 1, -1, -1):
+        position += (left % local[axis] + offset[axis]) * stride
+        left, stride = left // local[axis], stride * shape[axis]
+    return position
