@@ -80,9 +80,9 @@ def check_run(config: Config, world_size: int) -> None:
     num_reference_tokens = config.data.sequence_length // config.memory.chunk_length * config.memory.reference_length
     if parallel.sequence and training.stage == "continual" and num_reference_tokens % parallel.tensor:
         raise ConfigError(
-            f"parallel.sequence=true: parallel.tensor={parallel.tensor} must divide the {num_reference_tokens} reference "
-            "tokens of a sequence (data.sequence_length / memory.chunk_length * memory.reference_length); change one, or "
-            "set parallel.sequence=false"
+            f"parallel.sequence=true: parallel.tensor={parallel.tensor} must divide the {num_reference_tokens} "
+            "reference tokens of a sequence (data.sequence_length / memory.chunk_length * memory.reference_length); "
+            "change one, or set parallel.sequence=false"
         )
 
 
