@@ -1,14 +1,11 @@
 """One process's world for the model tests."""
 
 import pytest
-import torch
 
-from megatron_m3.config import ParallelConfig
-from megatron_m3.platform.distributed import initialize_parallel, shut_down
+from tests.tiny_model import joined_world
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def world():
-    torch.set_num_threads(1)
-    yield initialize_parallel(ParallelConfig(), seed=1)
-    shut_down()
+    with joined_world():
+        yield
