@@ -30,7 +30,7 @@ class TokenStore:
     def open(cls, folder: str | Path, *, check: bool = False, tokenizer_hash: str | None = None) -> Self:
         """Open a folder made by ``m3 data tokenize``.
 
-        The tokens are read once to compare their checksums, about 1 s a GB; ``check`` does that for the documents' ids
+        The tokens are read once to compare their checksums, 1-2 s a GB; ``check`` does that for the documents' ids
         too, which else waits for :meth:`document_ids`.
 
         Raises:

@@ -48,6 +48,17 @@ def map_block(path: Path) -> dict[str, np.ndarray]:
         raise ArtifactError(f"{path}: not a readable block file ({error}); make it again") from None
 
 
+def _read_json(path: Path, fields: set[str], otherwise: str) -> dict[str, Any]:
+    """A JSON object that has ``fields``; ``otherwise`` says what it should be and the mend."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not fields <= found.keys():
+        raise ArtifactError(f"{path}: damaged, not {otherwise}")
+    return found
+
+
 class BlockReader:
     """The blocks of a finished artifact, mapped when first asked for.
 
@@ -83,14 +94,14 @@ class BlockFolder:
         """Open or create ``folder`` for ``job`` (its kind, input hashes and settings, as JSON values).
 
         Raises:
-            ArtifactError: the folder holds blocks of another job.
+            ArtifactError: the folder holds blocks of another job, or its record of the job is damaged.
         """
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         key, path = hash_json(dict(job)), self.folder / JOB
         if path.exists():
-            found = json.loads(path.read_text()).get("key")
-            if found != key:
+            found = _read_json(path, {"key"}, f"the record of a job; remove {folder} or choose another folder")
+            if found["key"] != key:
                 raise ArtifactError(
                     f"{folder}: holds blocks made from other inputs or settings; remove it or choose another folder"
                 )
@@ -104,11 +115,13 @@ class BlockFolder:
         """File name of block ``index``."""
         return block_name(index)
 
-    def done(self, index: int) -> bool:
-        """Whether block ``index`` is there, whole (its size is the recorded one)."""
+    def done(self, index: int, *, checksum: bool = False) -> bool:
+        """Whether block ``index`` is there, whole: its size is the recorded one, with ``checksum`` its SHA-256 too."""
         path = self.folder / self.name(index)
-        record = path.with_suffix(".json")
-        return record.exists() and path.exists() and json.loads(record.read_text())["bytes"] == path.stat().st_size
+        if not (path.exists() and path.with_suffix(".json").exists()):
+            return False
+        recorded = self._entry(index)
+        return recorded["bytes"] == path.stat().st_size and (not checksum or hash_file(path) == recorded)
 
     def missing(self, num_blocks: int) -> list[int]:
         """Blocks that are still to be written."""
@@ -133,13 +146,17 @@ class BlockFolder:
 
     def read_info(self, index: int) -> dict[str, Any]:
         """The ``info`` of one block."""
-        info: dict[str, Any] = json.loads((self.folder / self.name(index)).with_suffix(".json").read_text())["info"]
+        info: dict[str, Any] = self._record(index)["info"]
         return info
 
     def files(self, num_blocks: int) -> dict[str, dict[str, Any]]:
         """The ``files`` entry of the finished artifact's manifest."""
-        result = {}
-        for index in range(num_blocks):
-            record = json.loads((self.folder / self.name(index)).with_suffix(".json").read_text())
-            result[self.name(index)] = {"bytes": record["bytes"], "sha256": record["sha256"]}
-        return result
+        return {self.name(index): self._entry(index) for index in range(num_blocks)}
+
+    def _entry(self, index: int) -> dict[str, Any]:
+        record = self._record(index)
+        return {"bytes": record["bytes"], "sha256": record["sha256"]}
+
+    def _record(self, index: int) -> dict[str, Any]:
+        path = (self.folder / self.name(index)).with_suffix(".json")
+        return _read_json(path, {"bytes", "sha256", "info"}, "a record of a block; remove it and run the job again")

@@ -133,7 +133,12 @@ def read_manifest(folder: Path, kind: str, schema: int) -> Manifest:
 
 
 def check_files(
-    folder: Path, manifest: Manifest, *, checksums: bool | Container[str] = False, names: Iterable[str] | None = None
+    folder: Path,
+    manifest: Manifest,
+    *,
+    checksums: bool | Container[str] = False,
+    names: Iterable[str] | None = None,
+    mend: str | None = None,
 ) -> None:
     """Check that every file of an artifact is there with its size, and with ``checksums`` its SHA-256.
 
@@ -142,20 +147,22 @@ def check_files(
         manifest: its manifest.
         checksums: whether to read the files and compare checksums, or the names of the files to do that for.
         names: the only files to check; all by default.
+        mend: what a user can do about a wrong file; to make the whole artifact again by default.
 
     Raises:
         ArtifactError: names the first file that is missing, truncated or changed.
     """
+    mend = mend or f"remove {folder} and make the {manifest.kind} again"
     for name in manifest.files if names is None else names:
         path, recorded = Path(folder) / name, manifest.files.get(name)
         is_read = checksums if isinstance(checksums, bool) else name in checksums
         if recorded is None or not path.is_file():
-            raise ArtifactError(f"{path}: missing; make the {manifest.kind} again")
+            raise ArtifactError(f"{path}: missing; {mend}")
         size = path.stat().st_size
         if size != recorded["bytes"]:
-            raise ArtifactError(f"{path}: {size} bytes, the manifest says {recorded['bytes']}; make it again")
+            raise ArtifactError(f"{path}: {size} bytes, the manifest says {recorded['bytes']}; {mend}")
         if is_read and hash_file(path) != recorded:
-            raise ArtifactError(f"{path}: checksum differs from the manifest; the file is damaged, make it again")
+            raise ArtifactError(f"{path}: checksum differs from the manifest; the file is damaged; {mend}")
 
 
 def check_input(folder: Path, manifest: Manifest, role: str, actual: str) -> None:

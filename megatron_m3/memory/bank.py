@@ -100,9 +100,10 @@ class MemoryBank:
         for role, actual in (("checkpoint", weights_hash), ("tokenizer", tokenizer_hash)):
             if actual is not None:
                 check_input(folder, manifest, role, actual)
-        check_files(folder, manifest, checksums=check)
         codec, codec_hash = Codec.load(folder / CODEC)
         check_input(folder, manifest, "codec", codec_hash)
+        check_files(folder, manifest, checksums=check,
+                    mend="run `m3 bank build` into the folder again, it writes missing and damaged shards anew")
         fields: dict[str, Any] = manifest.settings | {"memory_layers": tuple(manifest.settings["memory_layers"])}
         return cls(folder, manifest, BankSettings(**fields), codec)
 
@@ -145,8 +146,8 @@ class MemoryBank:
         if damaged:
             id = int(ids[damaged[0]])
             path = self.folder / shard_name(id // self.settings.block_size)
-            raise ArtifactError(f"{path}: the record of reference {id} is damaged; remove the file and run "
-                                "`m3 bank build` again")
+            raise ArtifactError(f"{path}: the record of reference {id} is damaged; run `m3 bank build` "
+                                "into the folder again, it writes damaged shards anew")
         codes_NLXGKB, positions, num_kept = self.record.unpack(codes, tail, kv_heads)
         return ExplicitMemories(kv=self.codec.decode(codes_NLXGKB, num_kept), positions=positions, num_kept=num_kept)
 
@@ -181,7 +182,7 @@ class _Shard:
         """Fill ``buffers`` from ``offset`` on."""
         wanted = sum(map(operator.attrgetter("nbytes"), buffers))
         if os.preadv(self.descriptor, buffers, offset) != wanted:
-            raise ArtifactError(f"{self.path}: cut short; remove it and run `m3 bank build` again")
+            raise ArtifactError(f"{self.path}: cut short; run `m3 bank build` into the folder again")
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

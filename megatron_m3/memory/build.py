@@ -4,6 +4,7 @@ What a rank computes depends on the block alone, and every rank computes on one 
 the same bytes. The ranks share one folder on a file system that all of them see.
 """
 
+import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -111,7 +112,7 @@ def build_bank(options: BankConfig, comm: Any, load: Callable[[Path], LoadedMode
     folder = _open_folder(job, comm)
     codec = _prepare_codec(job, comm, folder)
     settings = job.settings(codec)
-    missing = folder.missing(settings.num_blocks)
+    missing = _find_missing(comm, folder, settings.num_blocks)
     num_missing = sum(len(settings.block(index)) for index in missing)
     _check_space(comm, folder.folder, num_missing * settings.record.record_bytes)
     _write_blocks(job, comm, folder, codec, settings, missing)
@@ -173,6 +174,14 @@ def _encode_sample(job: BankJob, comm: Any) -> ExplicitMemories | None:
         return None
     return ExplicitMemories.concatenate([gathered[index % comm.size][index // comm.size]
                                          for index in range(len(groups))])
+
+
+def _find_missing(comm: Any, folder: ShardFolder, num_blocks: int) -> list[int]:
+    """Shards to be written: those that are not there, and those that are damaged; the ranks share the reading."""
+    mine: list[int] = []
+    with agree(comm):
+        mine.extend(index for index in range(comm.rank, num_blocks, comm.size) if not folder.done(index, checksum=True))
+    return sorted(itertools.chain.from_iterable(comm.allgather(mine)))
 
 
 def _check_space(comm: Any, folder: Path, needed: int) -> None:

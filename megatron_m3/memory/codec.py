@@ -108,7 +108,7 @@ class Codec:
             ArtifactError: it is missing or damaged.
         """
         manifest = read_manifest(folder, KIND, SCHEMA)
-        check_files(folder, manifest, checksums=True)
+        check_files(folder, manifest, checksums=True, mend="remove the bank and build it again")
         settings = manifest.settings
         if settings["name"] == "none":
             return cls.none(settings["head_size"], settings["dtype"]), manifest.hash

@@ -39,7 +39,7 @@ class VectorIndex:
     def open(cls, folder: str | Path, *, references_hash: str | None = None, check: bool = False) -> Self:
         """Open a folder made by ``m3 data index``.
 
-        The index is read once more to compare its checksum, about 1 s a GB; ``check`` does that for the embedder too,
+        The index is read once more to compare its checksum, 1-2 s a GB; ``check`` does that for the embedder too,
         which else waits for :meth:`embedder`.
 
         Raises:

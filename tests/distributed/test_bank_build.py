@@ -122,6 +122,36 @@ def test_a_removed_shard_is_written_again(inputs, built, tmp_path):
     assert digest(output) == digest(built)
 
 
+def test_a_damaged_shard_is_written_again(inputs, built, tmp_path):
+    from launch.verify_bank import main as verify
+
+    output = tmp_path / "bank"
+    subprocess.run(["cp", "-r", str(built), str(output)], check=True)
+    path = output / "shard_000005.bin"
+    data = bytearray(path.read_bytes())
+    data[99] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"shard_000005.bin: checksum differs.*run `m3 bank build` into the folder"):
+        verify(["--bank", str(output)])
+    whole = {other: other.stat().st_mtime_ns for other in output.glob("shard_*.bin") if other != path}
+    alone(inputs, output, "block-size", "16", "codec-sample", "400")
+    assert digest(output) == digest(built)
+    assert {other: other.stat().st_mtime_ns for other in whole} == whole
+    verify(["--bank", str(output)])
+
+
+def test_a_broken_record_is_named(inputs, built, tmp_path):
+    output = tmp_path / "bank"
+    subprocess.run(["cp", "-r", str(built), str(output)], check=True)
+    record = output / "shard_000005.json"
+    record.write_text("{")
+    with pytest.raises(ArtifactError, match=r"shard_000005.json: damaged.*remove it and run the job again"):
+        alone(inputs, output, "block-size", "16", "codec-sample", "400")
+    record.unlink()
+    alone(inputs, output, "block-size", "16", "codec-sample", "400")
+    assert digest(output) == digest(built)
+
+
 def alone(inputs: Path, output: Path, *more: str) -> None:
     """The same job in this process."""
     from launch.build_bank import main

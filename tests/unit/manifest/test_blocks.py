@@ -78,3 +78,24 @@ def test_a_block_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["job.json"]
     assert writer.missing(1) == [0]
+
+
+def test_a_changed_block_is_found_by_its_checksum(tmp_path: Path) -> None:
+    writer, path = fill(tmp_path, [0]), tmp_path / block_name(0)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert writer.done(0)
+    assert not writer.done(0, checksum=True)
+    fill(tmp_path, [0])
+    assert writer.done(0, checksum=True)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", "\udcff"])
+def test_broken_records_are_named_with_the_mend(tmp_path: Path, text: str) -> None:
+    writer, data = fill(tmp_path, [0]), text.encode("utf-8", "surrogateescape")
+    (tmp_path / "block_000000.json").write_bytes(data)
+    for read in (writer.missing, writer.files, lambda count: list(writer.info(count))):
+        with pytest.raises(ArtifactError, match=r"block_000000\.json: damaged.*remove it and run the job again"):
+            read(1)
+    (tmp_path / "job.json").write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"job\.json: damaged.*choose another folder"):
+        BlockFolder(tmp_path, JOB)
