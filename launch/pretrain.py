@@ -6,13 +6,13 @@
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_m3.config import RECIPES, Config, from_dict, get_recipe, given_options, make_parser, replace_fields
-from megatron_m3.errors import ConfigError, M3Error, exit_on_user_error
+from megatron_m3.errors import ConfigError, exit_on_user_error
+from megatron_m3.training.telling import lone_errors_told
 
 if TYPE_CHECKING:
     from megatron_m3.training.loop import Summary
@@ -45,15 +45,10 @@ def _read_config(path: Path) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, train, and say how it ended; an error that all processes meet is told by the first of them alone."""
-    first = os.environ.get("RANK", "0") == "0"
-    try:
+    """Parse, train, and say how it ended."""
+    with lone_errors_told():
         summary = _train(parse_config(argv))
-    except M3Error as error:
-        if first or getattr(error, "met_by_one_process", False):
-            raise
-        sys.exit(2)
-    if first:
+    if os.environ.get("RANK", "0") == "0":
         loss = "" if summary.loss is None else f", loss {summary.loss:.4f}"
         print(f"{'trained' if summary.finished else 'left after'} {summary.step} steps{loss}; "
               f"checkpoint {summary.checkpoint}")

@@ -37,6 +37,7 @@ from megatron_m3.training.schedule import learning_rate
 from megatron_m3.training.setup import Machinery, build_machinery, check_run
 from megatron_m3.training.state import RunState, data_hashes, load_run, save_run, start_from
 from megatron_m3.training.step import StepResult, training_step
+from megatron_m3.training.telling import lone_errors_told
 
 GUARD_FILE = "guard.json"
 
@@ -62,7 +63,7 @@ def train(config: Config) -> Summary:
         M3Error: settings, data or artifacts that do not work, a full disk, or divergence beyond the guard's limits.
     """
     check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with parallel_world(config.parallel, config.training.seed) as platform:
+    with parallel_world(config.parallel, config.training.seed) as platform, lone_errors_told():
         return train_in_world(config, platform)
 
 
@@ -133,8 +134,8 @@ class Loop:
         if found:
             say(f"going on after step {self.state.step} from {found[-1]}")
         elif self.config.training.stage == "continual" and not self.config.training.init_from:
-            say("warning: training.init_from is empty: the continual stage starts from random weights, and a model that "
-                "begins so learns to ignore its memories; give it a warmup checkpoint")
+            say("warning: training.init_from is empty: the continual stage starts from random weights, and a model "
+                "that begins so learns to ignore its memories; give it a warmup checkpoint")
 
     def _initial_checkpoint(self) -> Path:
         folder = Path(self.config.training.init_from)

@@ -1,11 +1,14 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from launch.pretrain import main, parse_config
 from megatron_m3.config import get_recipe, to_dict
 from megatron_m3.errors import ConfigError
-from tests.launcher import run_module
+from tests.launcher import ROOT, free_port, run_module, run_ranks
 
 
 def test_recipe_with_overrides():
@@ -77,3 +80,32 @@ def test_command_exits_with_status_2_and_one_line():
     done = run_module("launch.pretrain", ["--recipe", "tiny"], expect=2)
     assert done.stderr == "error: training.output: give the folder of the run\n"
     assert done.stdout == ""
+
+
+def test_error_that_all_ranks_meet_is_told_once(tmp_path):
+    done = run_ranks("launch.pretrain", 2, ["--recipe", "tiny", "--training.output", str(tmp_path / "run"),
+                                            "--data.tokenizer", "/nowhere", "--data.tokens", "/nowhere"], expect=None)
+    told = [line for line in done.stderr.splitlines() if "error: " in line and "/nowhere" in line]
+    assert done.returncode != 0
+    assert told == ["error: /nowhere: no such folder"], done.stderr
+
+
+def test_error_that_one_rank_alone_meets_is_told_with_its_rank(training_data, tmp_path):
+    """Two ranks of one world, of which the second looks for its data in a place that it lacks."""
+    common = ["--recipe", "tiny", "--training.output", str(tmp_path / "run"), "--data.tokenizer",
+              str(training_data.tokenizer), "--logging.peak_tflops", "1", "--logging.tensorboard", "false"]
+    world = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                          "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen([sys.executable, "-m", "launch.pretrain", *common, "--data.tokens", str(tokens)], cwd=ROOT,
+                         env=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, stderr=subprocess.PIPE)
+        for rank, tokens in enumerate([training_data.tokens, "/nowhere"])
+    ]
+    try:
+        _, told = ranks[1].communicate(timeout=120)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert ranks[1].returncode == 2, told
+    assert told == "rank 1: error: /nowhere: no such folder\n"
