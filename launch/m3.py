@@ -26,7 +26,7 @@ def _job(words: str, module: str, summary: str) -> Job:
 
 JOBS: dict[str, tuple[Job, ...]] = {
     "Data": (
-        _job("data wordnet", "data_tools.wordnet", "the demo's texts, from the WordNet glosses in corpus/"),
+        _job("data wordnet", "data_tools.wordnet", "the demo's texts, from the WordNet glosses in data_tools/corpus"),
         _job("data tokenizer", "data_tools.tokenizer", "train a byte-level BPE tokenizer on a corpus"),
         _job("data tokenize", "data_tools.tokenize", "corpus (JSONL, txt, parquet) to Megatron .bin/.idx"),
         _job("data references", "data_tools.references", "cut a corpus into references: the knowledge base"),

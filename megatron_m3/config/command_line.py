@@ -224,7 +224,10 @@ def parse[T](cls: type[T], argv: Sequence[str] | None, prog: str, description: s
     if defaults is not None:
         return replace_fields(defaults, given)
     hints = typing.get_type_hints(cls)
-    top = {name: _convert(hints[name], text, f"--{name}") for name, text in given.items() if "." not in name}
+    top = {
+        name: _convert(hints[name], text, f"--{name.replace('_', '-')}")
+        for name, text in given.items() if "." not in name
+    }
     return replace_fields(cls(**top), {name: text for name, text in given.items() if "." in name})
 
 

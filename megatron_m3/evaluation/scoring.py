@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from megatron_m3.errors import M3Error
+from megatron_m3.errors import ConfigError, M3Error
 from megatron_m3.evaluation.examples import Example
 from megatron_m3.inference.forward import local_kv_heads, losses_at
 from megatron_m3.inference.reading import ChunkMemories, ReadingPlan
@@ -127,7 +127,14 @@ class Scorer:
         a_reference = len(self.config.memory_layers) * model.num_kv_heads * memory.num_kept_tokens
         count = min(len(distinct), max(1, CODEC_VECTORS // a_reference))
         sample = np.random.default_rng(seed).choice(len(distinct), count, replace=False)
-        self.codec = train_codec(factory, self._encode([distinct[place] for place in np.sort(sample)]))
+        memories = self._encode([distinct[place] for place in np.sort(sample)])
+        try:
+            self.codec = train_codec(factory, memories)
+        except ConfigError as error:
+            reason, given, _ = str(error).partition("; give a larger codec_sample")
+            if not given:
+                raise
+            raise ConfigError(f"{reason}; give more references in --input, a smaller codec, or auto") from None
 
     def _encode(self, references: Sequence[Sequence[int]]) -> ExplicitMemories:
         """Memories of references, without the slots that all of them leave empty."""

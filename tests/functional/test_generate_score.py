@@ -170,6 +170,7 @@ def test_modes_and_settings_give_different_losses(paths, run, tmp_path):
         (["--mode", "shuffled"], None, "two lines"),
         (["--mode", "none", "--memory-layers", "9"], None, "memory.layers"),
         (["--mode", "explicit", "--codec", "Nonsense"], None, "codec"),
+        (["--mode", "explicit", "--codec", "PQ2x8"], None, "give more references in --input, a smaller codec, or auto"),
         (["--mode", "text", "--codec", "auto"], None, "codec=auto: mode text reads no memories"),
         (["--mode", "best"], None, "mode"),
     ],

@@ -33,6 +33,8 @@ class Options:
     """How many."""
     fast: bool = False
     """Quickly."""
+    deep_too: bool = False
+    """Thoroughly."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
@@ -63,7 +65,8 @@ def test_options_not_given_keep_their_defaults() -> None:
     (["--input"], "--input"),
     (["--input", "a", "--limit", "many"], "limit=many"),
     (["--input", "a", "--layers", "1,x"], "layers=x"),
-    (["--input", "a", "--fast", "maybe"], "fast=maybe"),
+    (["--input", "a", "--fast", "maybe"], "--fast=maybe"),
+    (["--input", "a", "--deep_too=maybe"], "--deep-too=maybe"),
     (["--input", "a", "--model.num-heads", "0"], "model.num_heads=0"),
 ])
 def test_a_mistake_is_one_line_that_names_it(argv: list[str], named: str) -> None:
