@@ -18,7 +18,7 @@ from megatron_m3.config.bank import BankConfig
 from megatron_m3.errors import ArtifactError, ConfigError, DataError, M3Error
 from megatron_m3.manifest import Manifest, read_manifest, write_manifest
 from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, ShardFolder
-from megatron_m3.memory.codec import Codec, train_codec
+from megatron_m3.memory.codec import Codec, check_codec, train_codec
 from megatron_m3.memory.encode import encode_references
 from megatron_m3.memory.types import ExplicitMemories
 from megatron_m3.memory.work import SharedWork, agree
@@ -40,7 +40,7 @@ class BankJob:
 
     @classmethod
     def open(cls, options: BankConfig, load: Callable[[Path], LoadedModel]) -> "BankJob":
-        """Read the model and the references, and check that they go together.
+        """Read the model and the references, and check that they and the codec go together.
 
         Raises:
             M3Error: they do not, or one of them cannot be read.
@@ -59,6 +59,7 @@ class BankJob:
             raise ConfigError(f"{options.references}: references of up to {references.reference_length} tokens, the "
                               f"checkpoint was trained with {config.memory.reference_length}; make them again with "
                               f"--reference-length {config.memory.reference_length}")
+        check_codec(options.codec, config.model.head_size)
         return cls(options=options, loaded=replace(loaded, config=config), references=references)
 
     @property

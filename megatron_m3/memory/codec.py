@@ -19,8 +19,6 @@ from megatron_m3.ops.codec import FaissVectors, RawVectors, VectorCodec, vectors
 from megatron_m3.ops.codec.reference import make_index
 
 KIND, SCHEMA = "codec", 1
-SAMPLE = 1024
-"""References that a codec is trained on, if there are as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +117,16 @@ class Codec:
         first, *others = parts.values()
         return cls(name=settings["name"], head_size=settings["head_size"], dtype=settings["dtype"], key=first,
                    value=others[0] if others else first), manifest.hash
+
+
+def check_codec(name: str, head_size: int) -> None:
+    """Check that there is a codec ``name`` (auto, none or a FAISS factory string) for heads of ``head_size`` numbers.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in ("auto", "none"):
+        make_index(name, head_size)
 
 
 def train_codec(
