@@ -67,7 +67,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # writing to an open file fails without a name
+        if error.filename is None or str(error.filename) == str(temporary):  # an open file fails without a name
+            error.filename, error.filename2 = str(path), None
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -116,7 +117,7 @@ def read_manifest(folder: Path, kind: str, schema: int) -> Manifest:
     if not path.is_file():
         if not Path(folder).is_dir():
             raise ArtifactError(f"{folder}: no such folder")
-        raise ArtifactError(f"{folder}: no {NAME}: unfinished, or not a {kind} folder; make it again")
+        raise ArtifactError(f"{folder}: no {NAME}: unfinished, or not of kind {kind}; make it again")
     try:
         fields = json.loads(path.read_text())
         recorded = fields.pop("hash")
@@ -124,7 +125,7 @@ def read_manifest(folder: Path, kind: str, schema: int) -> Manifest:
     except (ValueError, KeyError, TypeError, UnicodeDecodeError):
         raise ArtifactError(f"{path}: not a readable manifest; make the {kind} again") from None
     if manifest.kind != kind:
-        raise ArtifactError(f"{folder}: holds a {manifest.kind}, not a {kind}")
+        raise ArtifactError(f"{folder}: is of kind {manifest.kind}, not {kind}")
     if manifest.schema != schema:
         raise ArtifactError(f"{folder}: {kind} schema {manifest.schema}, this version reads {schema}; make it again")
     if manifest.hash != recorded:

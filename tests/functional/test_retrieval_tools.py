@@ -260,7 +260,7 @@ def test_neighbours_of_another_corpus_are_refused(made, tmp_path):
     ("embed", ["--references", "{made}/references", "--embedder", "transformer"], "model: give it with"),
     ("embed", ["--references", "{made}/references", "--embedder", "transformer", "--model", "{made}"], "model={made}"),
     ("embed", ["--references", "{made}/references", "--colour", "red"], "--colour"),
-    ("index", ["--references", "{made}/references", "--embeddings", "{made}/index"], "holds a index, not a embeddings"),
+    ("index", ["--references", "{made}/references", "--embeddings", "{made}/index"], "of kind index, not embeddings"),
     ("index", ["--references", "{made}/references", "--embeddings", "{made}/embeddings", "--factory", "X"], "=X:"),
     ("neighbours", ["--max-overlap", "2"], "max_overlap=2"),
     ("inspect", [], "text: give either"),

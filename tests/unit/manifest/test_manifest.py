@@ -55,7 +55,7 @@ def test_notes_do_not_change_the_hash_but_everything_else_does() -> None:
 
 
 @pytest.mark.parametrize(("kind", "schema", "message"), [
-    ("neighbours", 1, "holds a references, not a neighbours"),
+    ("neighbours", 1, "is of kind references, not neighbours"),
     ("references", 2, "schema 1, this version reads 2"),
 ])
 def test_another_kind_or_schema_is_refused(folder: Path, kind: str, schema: int, message: str) -> None:
@@ -66,7 +66,7 @@ def test_another_kind_or_schema_is_refused(folder: Path, kind: str, schema: int,
 def test_missing_folders_and_unfinished_ones_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such folder"):
         read_manifest(tmp_path / "absent", "bank", 1)
-    with pytest.raises(ArtifactError, match=r"no manifest\.json: unfinished, or not a bank"):
+    with pytest.raises(ArtifactError, match=r"no manifest\.json: unfinished, or not of kind bank"):
         read_manifest(tmp_path, "bank", 1)
 
 
@@ -153,3 +153,15 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="exists already"), atomic_folder(folder):
         pass
     assert (folder / "whole").read_text() == "yes"
+
+
+def test_a_write_that_fails_names_the_file_that_was_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "a_folder"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as error, atomic_path(path) as temporary:
+        temporary.write_text("one")
+    assert (error.value.filename, error.value.filename2) == (str(path), None)
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError) as error, atomic_path(path):
+        (tmp_path / "other").read_text()
+    assert str(error.value.filename) == str(tmp_path / "other")
