@@ -72,22 +72,14 @@ def _version(package: str) -> str | None:
 
 
 def report() -> dict[str, str]:
-    """What is live on this platform: device, optimizer, norm, attention and loader libraries, by name and version."""
+    """The device, its backend, and the versions of the libraries that are installed (not which of them are used)."""
     platform = select()
-    transformer_engine = importlib.util.find_spec("transformer_engine") if platform.is_cuda else None
-    apex = importlib.util.find_spec("apex") if platform.is_cuda else None
-    optimizer = (
-        "Transformer Engine FusedAdam" if transformer_engine else "apex FusedAdam" if apex else "torch AdamW"
-    )
     name = torch.cuda.get_device_name(platform.device) if platform.is_cuda else "CPU"
     return {
         "device": name,
         "backend": platform.backend,
         "torch": torch.__version__,
         "megatron-core": _version("megatron-core") or "absent",
-        "optimizer": optimizer,
-        "norm": "torch rms_norm",
-        "attention": "torch flash attention merged with memories",
         "transformer-engine": _version("transformer-engine") or "absent",
         "dali": _version("nvidia-dali-cuda130") or "absent",
     }

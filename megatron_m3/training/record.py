@@ -15,6 +15,13 @@ from megatron_m3.platform import report
 from megatron_m3.training.setup import Machinery
 
 
+def optimizer_name(machinery: Machinery) -> str:
+    """The class that really updates the weights, such as ``torch.optim.adamw.AdamW``."""
+    [part] = machinery.optimizer.chained_optimizers
+    kind = type(part.optimizer)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def write_run_record(machinery: Machinery) -> None:
     """Write ``config.json`` and ``environment.json`` into the run's folder."""
     output, parallel = Path(machinery.config.training.output), machinery.config.parallel
@@ -24,6 +31,8 @@ def write_run_record(machinery: Machinery) -> None:
         "python": python_platform.python_version(),
         "numpy": np.__version__,
         **report(),
+        "optimizer": optimizer_name(machinery),
+        "attention": machinery.config.model.attention,
         "system": python_platform.platform(),
         "processes": dist.get_world_size(),
         "layout": {
@@ -49,6 +58,6 @@ def describe(machinery: Machinery) -> str:
     return (
         f"{found['device']} x {dist.get_world_size()} ({found['backend']}): tensor {parallel.tensor} x pipeline "
         f"{parallel.pipeline} x data {machinery.data_size}; {model.num_non_embedding_parameters:,} non-embedding "
-        f"parameters, {machinery.config.training.dtype}; optimizer {found['optimizer']}, norm {found['norm']}, "
-        f"attention {found['attention']}"
+        f"parameters, {machinery.config.training.dtype}; optimizer {optimizer_name(machinery)}, "
+        f"attention {model.attention}"
     )

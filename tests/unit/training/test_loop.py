@@ -35,11 +35,26 @@ def test_run_leaves_checkpoints_settings_and_environment(run, tmp_path, capsys):
     stored = from_dict(Config, json.loads((folder / "config.json").read_text()))
     assert stored.training.steps == 5
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment["optimizer"] == "torch AdamW"
+    assert (environment["optimizer"], environment["attention"]) == ("torch.optim.adamw.AdamW", "torch")
     assert environment["layout"]["tensor"] == 1
     shown = capsys.readouterr().err
-    assert "optimizer torch AdamW" in shown
+    assert "optimizer torch.optim.adamw.AdamW, attention torch\n" in shown
     assert "step 5/5 100%" in shown
+
+
+def test_start_line_names_the_attention_and_optimizer_in_use(run, tmp_path, capsys, monkeypatch):
+    from megatron_m3.training import loop
+
+    def build(*arguments):
+        machinery = build_machinery(*arguments)
+        [part] = machinery.optimizer.chained_optimizers
+        part.optimizer.__class__ = type("OtherAdam", (type(part.optimizer),), {"__module__": "elsewhere"})
+        return machinery
+
+    build_machinery = loop.build_machinery
+    monkeypatch.setattr(loop, "build_machinery", build)
+    run(training__steps=1, model__attention="reference")
+    assert "optimizer elsewhere.OtherAdam, attention reference\n" in capsys.readouterr().err
 
 
 def test_finished_run_is_left_as_it_is(run):
