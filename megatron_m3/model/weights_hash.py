@@ -65,22 +65,28 @@ def _wrap(number: int) -> int:
 def _shard_sum(data: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> int:
     """Sum over a shard's elements of their mixtures of bits and global position, modulo 2^64."""
     data = data.detach()
+    # a first axis of one element gives scalars a row as well
+    offset, shape = (0, *offset), (1, *shape)
     local = (1,) * (len(shape) - data.dim()) + tuple(data.shape)
-    bits, total = data.contiguous().view(BIT_TYPES[data.element_size()]).reshape(-1), 0
-    for first in range(0, bits.numel(), BLOCK):
-        block = bits[first : first + BLOCK].to(torch.int64) * MULTIPLIERS[0]
-        block = block + _positions(first, len(block), local, offset, shape, data.device) * MULTIPLIERS[1]
-        block = (block ^ (block >> 29)) * MULTIPLIERS[2]
-        total = _wrap(total + int((block ^ (block >> 32)).sum()))
+    bits, total = data.contiguous().view(BIT_TYPES[data.element_size()]).reshape(-1, max(1, local[-1])), 0
+    height = max(1, BLOCK // max(1, local[-1]))
+    for row in range(0, len(bits), height):
+        for column in range(0, local[-1], BLOCK):
+            block = bits[row : row + height, column : column + BLOCK].to(torch.int64)
+            rows = torch.arange(row, row + block.shape[0], device=data.device)
+            columns = torch.arange(column, column + block.shape[1], device=data.device) + offset[-1]
+            position = _row_positions(rows, local, offset, shape)[:, None] * shape[-1] + columns
+            block = block * MULTIPLIERS[0] + position * MULTIPLIERS[1]
+            block = (block ^ (block >> 29)) * MULTIPLIERS[2]
+            total = _wrap(total + int((block ^ (block >> 32)).sum()))
     return total
 
 
-def _positions(first: int, count: int, local: Sequence[int], offset: Sequence[int], shape: Sequence[int],
-               device: torch.device) -> torch.Tensor:
-    """Positions ``[count]`` in the global tensor of a shard's elements from ``first`` on; ``local`` is its shape."""
-    left = torch.arange(first, first + count, device=device)
-    position, stride = torch.zeros_like(left), 1
-    for axis in range(len(shape) - 1, -1, -1):
-        position += (left % local[axis] + offset[axis]) * stride
-        left, stride = left // local[axis], stride * shape[axis]
+def _row_positions(rows: torch.Tensor, local: Sequence[int], offset: Sequence[int],
+                   shape: Sequence[int]) -> torch.Tensor:
+    """Global number of a shard's rows, all axes but the last taken as one; ``local`` is the shard's shape."""
+    position, stride = torch.zeros_like(rows), 1
+    for axis in range(len(shape) - 2, -1, -1):
+        position += (rows % local[axis] + offset[axis]) * stride
+        rows, stride = rows // local[axis], stride * shape[axis]
     return position
