@@ -18,8 +18,16 @@ from megatron_m3.training.setup import Machinery
 def optimizer_name(machinery: Machinery) -> str:
     """The class that really updates the weights, such as ``torch.optim.adamw.AdamW``."""
     [part] = machinery.optimizer.chained_optimizers
-    kind = type(part.optimizer)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return _class_name(part.optimizer)
+
+
+def norm_name(machinery: Machinery) -> str:
+    """The class of the model's norms."""
+    return _class_name(machinery.models[0].decoder.layers[0].input_layernorm)
+
+
+def _class_name(live: object) -> str:
+    return f"{type(live).__module__}.{type(live).__qualname__}"
 
 
 def write_run_record(machinery: Machinery) -> None:
@@ -32,6 +40,7 @@ def write_run_record(machinery: Machinery) -> None:
         "numpy": np.__version__,
         **report(),
         "optimizer": optimizer_name(machinery),
+        "norm": norm_name(machinery),
         "attention": machinery.config.model.attention,
         "system": python_platform.platform(),
         "processes": dist.get_world_size(),
@@ -59,5 +68,5 @@ def describe(machinery: Machinery) -> str:
         f"{found['device']} x {dist.get_world_size()} ({found['backend']}): tensor {parallel.tensor} x pipeline "
         f"{parallel.pipeline} x data {machinery.data_size}; {model.num_non_embedding_parameters:,} non-embedding "
         f"parameters, {machinery.config.training.dtype}; optimizer {optimizer_name(machinery)}, "
-        f"attention {model.attention}"
+        f"norm {norm_name(machinery)}, attention {model.attention}"
     )

@@ -38,7 +38,7 @@ def test_run_leaves_checkpoints_settings_and_environment(run, tmp_path, capsys):
     assert (environment["optimizer"], environment["attention"]) == ("torch.optim.adamw.AdamW", "torch")
     assert environment["layout"]["tensor"] == 1
     shown = capsys.readouterr().err
-    assert "optimizer torch.optim.adamw.AdamW, attention torch\n" in shown
+    assert "optimizer torch.optim.adamw.AdamW, norm megatron_m3.model.layers.RMSNorm, attention torch\n" in shown
     assert "step 5/5 100%" in shown
 
 
@@ -54,7 +54,8 @@ def test_start_line_names_the_attention_and_optimizer_in_use(run, tmp_path, caps
     build_machinery = loop.build_machinery
     monkeypatch.setattr(loop, "build_machinery", build)
     run(training__steps=1, model__attention="reference")
-    assert "optimizer elsewhere.OtherAdam, attention reference\n" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "optimizer elsewhere.OtherAdam, norm megatron_m3.model.layers.RMSNorm, attention reference\n" in shown
 
 
 def test_finished_run_is_left_as_it_is(run):
