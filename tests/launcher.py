@@ -1,6 +1,7 @@
 """Start real processes for tests: ranks by torchrun, or one command, with their output in the failure message."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -11,10 +12,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A TCP port that is free now, outside the range from which the system gives ports to others meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def run_command(arguments: Sequence[str], *, timeout: float = 300, env: dict[str, str] | None = None,
