@@ -76,6 +76,7 @@ class EncodePlan:
     def __init__(self, config: Config, prefix_length: int, lengths_N: Tensor) -> None:
         self.config, self.prefix_length, self.lengths_N = config, prefix_length, lengths_N
         self.rope = Rope(config.model.head_size, config.model.rope_theta)
+        self.table: tuple[Tensor, Tensor] | None = None
         self.backend = get_backend(config.model.attention)
         self.kv: list[Tensor] = []
         self.positions: list[Tensor] = []
@@ -88,8 +89,10 @@ class EncodePlan:
         return self.backend.causal_attention(query, key, value_SBGD.transpose(0, 1)).transpose(0, 1)
 
     def _rotate(self, part_SBHD: Tensor) -> Tensor:
-        positions_S1 = torch.arange(len(part_SBHD), device=part_SBHD.device)[:, None]
-        return rotate(part_SBHD, self.rope.table(positions_S1, part_SBHD.dtype))
+        if self.table is None:
+            positions_S1 = torch.arange(len(part_SBHD), device=part_SBHD.device)[:, None]
+            self.table = self.rope.table(positions_S1, part_SBHD.dtype)
+        return rotate(part_SBHD, self.table)
 
     def keep(self, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> None:
         """Select by queries and keys before RoPE, prefix excluded; keep keys after RoPE and values."""
