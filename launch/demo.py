@@ -176,9 +176,10 @@ def describe_bank(run: Path) -> dict[str, Any]:
     return {"references": references, "codec": codec, "bytes_per_reference": size // references, "bytes": size}
 
 
-def summarise(options: Options, run: Path, seconds: dict[str, float]) -> dict[str, Any]:
+def summarise(
+    options: Options, run: Path, seconds: dict[str, float], losses: dict[str, list[tuple[int, float]]]
+) -> dict[str, Any]:
     """Everything the demo measured, as JSON values."""
-    losses = {stage: read_losses(run, stage) for stage in ("warmup", "continual")}
     return {
         "options": asdict(options),
         "nats_per_token": read_scores(run),
@@ -217,13 +218,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.fresh and run.exists():
         shutil.rmtree(run)
     seconds = run_steps(steps(options, run), run)
-    summary = summarise(options, run, seconds)
+    losses = {stage: read_losses(run, stage) for stage in ("warmup", "continual")}
+    summary = summarise(options, run, seconds, losses)
+    shown = table(summary)
     from megatron_m3.evaluation.loss_plot import plot_losses
 
-    plot_losses({stage: read_losses(run, stage) for stage in ("warmup", "continual")}, output / "loss.png")
+    plot_losses(losses, output / "loss.png")
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (output / "table.txt").write_text(table(summary) + "\n")
-    print(f"\n{table(summary)}\n\nloss curves: {output / 'loss.png'}\nsummary: {output / 'summary.json'}")
+    (output / "table.txt").write_text(shown + "\n")
+    print(f"\n{shown}\n\nloss curves: {output / 'loss.png'}\nsummary: {output / 'summary.json'}")
 
 
 if __name__ == "__main__":
