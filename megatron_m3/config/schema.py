@@ -51,6 +51,22 @@ class ModelConfig:
     """The embedding is padded to a multiple of this, whatever the parallel layout."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
+    rope_scaling: Literal["none", "llama3"] = "none"
+    """Change of the rotary frequencies for longer texts: none, or that of Llama 3."""
+    rope_factor: float = 8.0
+    """llama3: low frequencies are divided by this."""
+    rope_low_frequency: float = 1.0
+    """llama3: frequencies that turn less often than this over rope_original_positions are low."""
+    rope_high_frequency: float = 4.0
+    """llama3: frequencies that turn more often than this over rope_original_positions stay."""
+    rope_original_positions: int = 8192
+    """llama3: positions of the model before its change."""
+    max_positions: int = 0
+    """Positions that the model was made for; 0 where nobody said."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm of each head's query and key, before rotation (Qwen3)."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
@@ -63,7 +79,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_range("model", self, 1, math.inf, "num_layers", "num_heads", "num_kv_heads", "head_size", "hidden_size",
                      "ffn_size", "vocab_size", "vocab_multiple")
-        _check_positive("model", self, "rope_theta", "norm_epsilon", "init_std")
+        _check_positive("model", self, "rope_theta", "norm_epsilon", "init_std", "rope_factor", "rope_low_frequency")
+        _check_range("model", self, 1, math.inf, "rope_original_positions")
+        _check_range("model", self, 0, math.inf, "max_positions")
+        if not self.rope_low_frequency < self.rope_high_frequency < math.inf:
+            raise ConfigError(
+                f"model.rope_high_frequency={self.rope_high_frequency}: must be above "
+                f"model.rope_low_frequency={self.rope_low_frequency}, and finite"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}")
         if self.head_size % 2:
@@ -79,6 +102,10 @@ class ModelConfig:
         """Parameters outside the input embedding and the output projection, norms included."""
         attention = self.hidden_size * self.head_size * 2 * (self.num_heads + self.num_kv_heads)
         mlp = 3 * self.hidden_size * self.ffn_size
+        if self.qkv_bias:
+            attention += self.head_size * (self.num_heads + 2 * self.num_kv_heads)
+        if self.qk_norm:
+            attention += 2 * self.head_size
         return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size
 
 

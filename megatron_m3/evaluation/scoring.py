@@ -46,7 +46,7 @@ class Scorer:
         self.reads_memories = mode in ("explicit", "shuffled")
         self.batch_tokens = batch_tokens
         self.newline = loaded.tokenizer.encode("\n")
-        self.rope = Rope(self.config.model.head_size, self.config.model.rope_theta)
+        self.rope = Rope.of(self.config.model)
         self.device = next(loaded.model.parameters()).device
 
     def score(self, examples: Sequence[Example], done: Callable[[int], None] = lambda count: None) -> list[Score]:

@@ -50,7 +50,7 @@ class Batch:
         memories = self._recall_prompts(self.recall) if self.recall else None
         started = time.perf_counter()
         parameter, model = next(self.loaded.model.parameters()), self.config.model
-        rope, prefix, longest = Rope(model.head_size, model.rope_theta), len(self.prefix), max(self.lengths)
+        rope, prefix, longest = Rope.of(model), len(self.prefix), max(self.lengths)
         positions_T = trunk_positions(prefix, self.config.memory.reference_length, longest).to(parameter.device)
         heads = local_kv_heads(self.config)
         shape = CacheShape(

@@ -75,7 +75,7 @@ class EncodePlan:
 
     def __init__(self, config: Config, prefix_length: int, lengths_N: Tensor) -> None:
         self.config, self.prefix_length, self.lengths_N = config, prefix_length, lengths_N
-        self.rope = Rope(config.model.head_size, config.model.rope_theta)
+        self.rope = Rope.of(config.model)
         self.table: tuple[Tensor, Tensor] | None = None
         self.backend = get_backend(config.model.attention)
         self.kv: list[Tensor] = []

@@ -34,6 +34,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         hidden_dropout=0.0,
@@ -92,12 +94,14 @@ def initialize_weights(chunk: GPTModel, config: Config) -> None:
     """Draw every weight from a generator seeded by its global name, and keep this process's shard.
 
     Weights are normal with ``init_std``; projections into the residual stream have ``init_std / sqrt(2 * L)``; norms
-    are 1.
+    are 1, biases 0.
     """
     offset = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
     ranks, rank = config.parallel.tensor, parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in chunk.named_parameters():
         if parameter.dim() == 1:
+            if name.endswith(".bias"):
+                parameter.zero_()
             continue
         parts = name.split(".")
         if "layers" in parts:

@@ -49,7 +49,7 @@ def add_to_trunk(sequence_parallel: bool) -> Callable[..., Any]:
     def get_bias_dropout_add(training: bool, fused: bool) -> Callable[..., Tensor]:
         def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
             output, bias = output_with_bias
-            assert bias is None, "the model has no biases"
+            assert bias is None, "projections into the residual stream have no biases"
             assert dropout == 0.0, "the model has no dropout"
             return keep_tail(residual, output.shape[0], sequence_parallel) + output
 
@@ -62,8 +62,10 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """One Transformer layer: megatron-core's, with planned attention and RMSNorm."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention = spec.submodules.self_attention
+    head_norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
     attention = dataclasses.replace(
-        attention, submodules=dataclasses.replace(attention.submodules, core_attention=PlannedAttention)
+        attention,
+        submodules=dataclasses.replace(attention.submodules, core_attention=PlannedAttention, **head_norms),
     )
     submodules = dataclasses.replace(
         spec.submodules,

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megatron_m3.config import Config
+from megatron_m3.config import Config, ModelConfig
 from megatron_m3.model.rope import Rope, rotate
 from megatron_m3.ops.memory_attention import get_backend
 from megatron_m3.ops.select_tokens import select_tokens
@@ -30,22 +30,21 @@ def trunk_positions(prefix_length: int, reference_length: int, context_length: i
 
 def _rope_table(layout: "JointLayout", head: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every row, after ``head`` rows of references; the same in every layer, so kept."""
-    model, length = layout.config.model, layout.config.memory.reference_length
+    length = layout.config.memory.reference_length
     return _table(
-        layout.prefix_length, length, layout.context_length, head // length, model.head_size, model.rope_theta,
-        device, dtype,
+        layout.config.model, layout.prefix_length, length, layout.context_length, head // length, device, dtype
     )
 
 
 @functools.lru_cache(maxsize=16)
 def _table(
-    prefix: int, reference: int, context: int, count: int, head_size: int, theta: float, device: torch.device,
+    model: ModelConfig, prefix: int, reference: int, context: int, count: int, device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     once = torch.arange(reference) + prefix
     positions = torch.cat([once.repeat(count), trunk_positions(prefix, reference, context)]).to(device)
     # one more axis for the batch
-    return Rope(head_size, theta).table(positions[:, None], dtype)
+    return Rope.of(model).table(positions[:, None], dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,12 @@
 """Rotary position embedding, applied inside core attention so that selection sees queries and keys before it."""
 
+import math
+from typing import Self
+
 import torch
 from torch import Tensor
+
+from megatron_m3.config import ModelConfig
 
 
 class Rope:
@@ -9,6 +14,18 @@ class Rope:
 
     def __init__(self, head_size: int, theta: float) -> None:
         self.frequency = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Self:
+        """The rotation of a model, its change of frequencies included."""
+        rope = cls(model.head_size, model.rope_theta)
+        if model.rope_scaling == "llama3":
+            turns = rope.frequency * model.rope_original_positions / (2 * math.pi)
+            low, high = model.rope_low_frequency, model.rope_high_frequency
+            # the share of a frequency that stays: 0 for low ones, 1 for high ones, linear in the turns between
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+            rope.frequency = rope.frequency * (kept + (1 - kept) / model.rope_factor)
+        return rope
 
     def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[*positions, 1, D/2]`` for vectors of ``dtype`` whose heads stand after the positions.
