@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_m3.config.schema import Config, ModelConfig
 
 BACKWARD = 2
-"""Cost of a backward pass over that of its forward pass."""
+"""Cost of a backward pass over that of its forward pass; none below the lowest layer that is trained."""
 
 
 def key_value_flops(model: ModelConfig, tokens: float) -> float:
@@ -72,22 +72,27 @@ def step_flops(config: Config, *, prefix_length: int = 0) -> StepFlops:
     length = config.data.sequence_length
     tokens, pairs = prefix_length + length, (prefix_length + length) ** 2 / 2
     layer = projection_flops(model, tokens) + mlp_flops(model, tokens) + attention_flops(model, pairs)
-    both = sequences * (1 + BACKWARD)
-    context = both * (model.num_layers * layer + output_flops(model, length))
+    frozen, both = config.training.frozen_layers, sequences * (1 + BACKWARD)
+    # a frozen output projection has a gradient for its input alone
+    output = sequences * (1 + (1 if frozen and model.tie_embeddings else BACKWARD)) * output_flops(model, length)
+    context = (both * model.num_layers - sequences * BACKWARD * frozen) * layer + output
     if config.training.stage == "warmup":
         return StepFlops(context=context)
 
     memory, layers = config.memory, config.memory_layers
-    references = length // memory.chunk_length
+    references = config.num_references
     reference_tokens = references * memory.reference_length
     reference_pairs = reference_tokens * (prefix_length + memory.reference_length / 2)
     below = projection_flops(model, reference_tokens) + mlp_flops(model, reference_tokens)
     below += attention_flops(model, reference_pairs)
     last = query_flops(model, reference_tokens) + key_value_flops(model, reference_tokens)
-    read = sum(min(chunk + 1, memory.window) for chunk in range(references)) * memory.chunk_length
+    chunks = length // memory.chunk_length
+    # chunks with and without a reference are taken to be spread evenly
+    read = sum(min(chunk + 1, memory.window) for chunk in range(chunks)) * memory.chunk_length * references / chunks
+    frozen = min(frozen, layers[-1])
     return StepFlops(
         context=context,
-        references=both * (layers[-1] * below + last),
+        references=(both * layers[-1] - sequences * BACKWARD * frozen) * below + both * last,
         selection=sequences * len(layers) * selection_flops(model, references, memory.reference_length),
         reading=both * len(layers) * attention_flops(model, read * memory.num_kept_tokens),
     )

@@ -117,6 +117,8 @@ class MemoryConfig:
     """Memory layers, counted from 0: first-half, all, or ranges such as 8-24 or 0-3,6 (both ends included)."""
     tokens: str = "8"
     """Tokens kept of a reference for each key-value head: a number, or all."""
+    curriculum: float = 0.0
+    """Share of the training steps over which the kept tokens fall, by equal factors, from all to memory.tokens."""
     reference_length: int = 128
     """Most tokens in a reference."""
     chunk_length: int = 64
@@ -127,13 +129,18 @@ class MemoryConfig:
     """In training a chunk reads the references of this many chunks: its own and those before it (section 3.5)."""
     prefix: str = "Reference:"
     """Text after the BOS in the prefix that stands before every reference and before the context."""
+    spread: int = 1
+    """Each memory layer and key-value head prefers tokens whose place has its own remainder modulo this, so that
+    together they cover a reference; 1 prefers none (the paper)."""
     selection: Literal["softmax", "exp"] = "softmax"
     """Token weights: softmax (section 3.3), or exp, the unnormalised sum of the paper's code."""
     query_chunk: Literal["own", "previous"] = "own"
     """Text that retrieves for a chunk in training: its own (the paper) or the previous chunk's (honest likelihoods)."""
 
     def __post_init__(self) -> None:
-        _check_range("memory", self, 1, math.inf, "reference_length", "chunk_length", "references_per_chunk", "window")
+        _check_range("memory", self, 1, math.inf, "reference_length", "chunk_length", "references_per_chunk", "window",
+                     "spread")
+        _check_range("memory", self, 0, 1, "curriculum")
         try:
             self.prefix.encode()
         except UnicodeEncodeError:
@@ -188,6 +195,9 @@ class DataConfig:
     """Loader that reads ahead: torch's DataLoader or NVIDIA DALI; both give the same batches."""
     prefetch: int = 4
     """Batches read ahead."""
+    references_per_sequence: int = 0
+    """Most references that are encoded for a sequence; chunks that come after them go without. 0 is one for every
+    chunk; fewer save the work on chunks that have none."""
     max_overlap: float = 0.9
     """References with a larger overlap (eq. 6) with the training sequence are dropped."""
     seed: int = 1234
@@ -196,6 +206,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_range("data", self, 1, math.inf, "sequence_length", "prefetch")
         _check_range("data", self, 0, 1, "max_overlap")
+        _check_range("data", self, 0, math.inf, "references_per_sequence")
         _check_range("data", self, 0, MAX_SEED, "seed")
 
 
@@ -282,12 +293,15 @@ class TrainingConfig:
     """Initial weights and dropout."""
     output: str = ""
     """Folder of the run: checkpoints, metrics, resolved config."""
+    frozen_layers: int = 0
+    """Lowest layers whose weights stay as they are; from 1 on the embedding (and an output tied to it) does too."""
     init_from: str = ""
     """Checkpoint whose weights the run starts from (continual starts from a warmup checkpoint)."""
 
     def __post_init__(self) -> None:
         _check_range("training", self, 1, math.inf, "steps", "global_batch", "micro_batch")
         _check_range("training", self, 0, MAX_SEED, "seed")
+        _check_range("training", self, 0, math.inf, "frozen_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,10 +390,26 @@ class Config:
         """Layers that hold explicit memory, ascending, counted from 0."""
         return self.memory.memory_layers(self.model.num_layers)
 
+    @property
+    def num_references(self) -> int:
+        """References that are encoded for a training sequence of the continual stage."""
+        chunks = self.data.sequence_length // self.memory.chunk_length
+        return min(self.data.references_per_sequence or chunks, chunks)
+
 
 def check_parallel(config: Config) -> None:
     """Refuse a parallel layout that the model cannot have, by the name of the field."""
     parallel, model = config.parallel, config.model
+    if config.training.frozen_layers >= model.num_layers:
+        raise ConfigError(
+            f"training.frozen_layers={config.training.frozen_layers}: the model has {model.num_layers} layers; leave "
+            "some to train"
+        )
+    if parallel.pipeline > 1 and config.training.frozen_layers >= model.num_layers // parallel.pipeline:
+        raise ConfigError(
+            f"training.frozen_layers={config.training.frozen_layers}: must leave the first of {parallel.pipeline} "
+            f"pipeline stages, of {model.num_layers // parallel.pipeline} layers, some to train"
+        )
     if parallel.context != 1:
         raise ConfigError(
             f"parallel.context={parallel.context}: context parallelism is not supported with memory; set it to 1"

@@ -18,6 +18,8 @@ from megatron_m3.references import ReferenceStore
 from megatron_m3.retrieval.overlap import exceeds_overlap
 from megatron_m3.tokenizer import Tokenizer
 
+REFERENCE_ARRAYS = ("references", "reference_lengths", "reference_chunks")
+
 
 class Run(NamedTuple):
     """Neighbouring chunks of one document in a sequence."""
@@ -50,6 +52,7 @@ class TrainingDataset:
         self.tokens = TokenStore.open(data.tokens, tokenizer_hash=tokenizer.hash)
         self.first_chunks = self.tokens.first_chunks(self.chunk_length)
         self.chunks_per_sequence = self.sequence_length // self.chunk_length
+        self.num_references = config.num_references
         self.references: ReferenceStore | None = None
         if config.training.stage == "continual":
             self.references = ReferenceStore.open(data.references, tokenizer_hash=tokenizer.hash)
@@ -73,7 +76,7 @@ class TrainingDataset:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of a sequence's arrays."""
-        return ("context", "labels", "loss_mask", *(("references", "reference_lengths") if self.references else ()))
+        return ("context", "labels", "loss_mask", *(REFERENCE_ARRAYS if self.references else ()))
 
     def __len__(self) -> int:
         return -(-int(self.first_chunks[-1]) // self.chunks_per_sequence)
@@ -83,8 +86,9 @@ class TrainingDataset:
 
         Returns:
             ``context`` and ``labels`` int64 [S]: BOS and all tokens but the last, and all tokens; ``loss_mask`` float32
-            [S]: 0 where padded. In the continual stage also ``references`` int64 [S / chunk_length, reference_length],
-            zero padded, and ``reference_lengths`` int64 [S / chunk_length]: 0 where a chunk has none.
+            [S]: 0 where padded. In the continual stage also, for N references, ``references`` int64
+            [N, reference_length], zero padded, ``reference_lengths`` int64 [N]: 0 where one is missing, and
+            ``reference_chunks`` int64 [N]: the chunk that each belongs to.
         """
         tokens, real = self.read(index)
         sequence = {
@@ -93,13 +97,19 @@ class TrainingDataset:
             "loss_mask": real.astype(np.float32),
         }
         if self.references is not None:
-            references = np.zeros((self.chunks_per_sequence, self.reference_length), np.int64)
-            lengths = np.zeros(self.chunks_per_sequence, np.int64)
-            ids, chosen = self.choose_references(index, tokens[real])
-            found = self.references.tokens(ids[chosen])
-            references[chosen, : self.references.reference_length], lengths[chosen] = found
-            sequence |= {"references": references, "reference_lengths": lengths}
+            sequence |= self._read_references(*self.choose_references(index, tokens[real]))
         return sequence
+
+    def _read_references(self, ids: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of references; where they are fewer than the chunks, those that chunks have stand first."""
+        assert self.references is not None
+        count = self.num_references
+        chunks = np.argsort(~chosen, kind="stable")[:count] if count < len(ids) else np.arange(count)
+        there = chosen[chunks]
+        references, lengths = np.zeros((count, self.reference_length), np.int64), np.zeros(count, np.int64)
+        found = self.references.tokens(ids[chunks][there])
+        references[there, : self.references.reference_length], lengths[there] = found
+        return dict(zip(REFERENCE_ARRAYS, (references, lengths, chunks), strict=True))
 
     def runs(self, index: int) -> Iterator[Run]:
         """The documents' chunks that sequence ``index`` is made of, in order."""

@@ -13,8 +13,8 @@ from megatron_m3.config import Config
 from megatron_m3.memory.types import ExplicitMemories
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.rope import Rope, rotate
+from megatron_m3.model.selection import select_in_layer
 from megatron_m3.ops.memory_attention import get_backend
-from megatron_m3.ops.select_tokens import select_tokens
 
 BATCH_TOKENS = 8192
 
@@ -66,7 +66,7 @@ def _encode_batch(loaded: LoadedModel, tokens_NT: Tensor, lengths_N: Tensor) -> 
     for layer in model.decoder.layers[:last]:
         hidden_SBE, _ = layer(hidden_SBE, attention_mask=None, attention_bias=plan)
     top = model.decoder.layers[last]
-    plan.keep(*top.self_attention.get_query_key_value_tensors(top.input_layernorm(hidden_SBE))[:3])
+    plan.keep(last, *top.self_attention.get_query_key_value_tensors(top.input_layernorm(hidden_SBE))[:3])
     return plan.memories()
 
 
@@ -84,7 +84,7 @@ class EncodePlan:
     def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
         """See :class:`megatron_m3.model.attention.AttentionPlan`."""
         if layer in self.config.memory_layers:
-            self.keep(query_SBHD, key_SBGD, value_SBGD)
+            self.keep(layer, query_SBHD, key_SBGD, value_SBGD)
         query, key = (self._rotate(part).transpose(0, 1) for part in (query_SBHD, key_SBGD))
         return self.backend.causal_attention(query, key, value_SBGD.transpose(0, 1)).transpose(0, 1)
 
@@ -94,15 +94,15 @@ class EncodePlan:
             self.table = self.rope.table(positions_S1, part_SBHD.dtype)
         return rotate(part_SBHD, self.table)
 
-    def keep(self, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> None:
+    def keep(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> None:
         """Select by queries and keys before RoPE, prefix excluded; keep keys after RoPE and values."""
         memory = self.config.memory
         rotated_SBGD = self._rotate(key_SBGD)
         query_NTHD, key_NTGD, rotated_NTGD, value_NTGD = (
             part[self.prefix_length :].transpose(0, 1) for part in (query_SBHD, key_SBGD, rotated_SBGD, value_SBGD)
         )
-        indices_NGK, valid_NK = select_tokens(
-            query_NTHD, key_NTGD, self.lengths_N, memory.num_kept_tokens, memory.selection
+        indices_NGK, valid_NK = select_in_layer(
+            self.config, layer, query_NTHD, key_NTGD, self.lengths_N, memory.num_kept_tokens
         )
         index_NGKD = indices_NGK[..., None].expand(-1, -1, -1, key_NTGD.shape[-1])
         kv_NXGKD = torch.stack([part.transpose(1, 2).gather(2, index_NGKD) for part in (rotated_NTGD, value_NTGD)], 1)

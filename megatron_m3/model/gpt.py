@@ -133,15 +133,18 @@ def logits(model: torch.nn.Module, tokens_BS: Tensor, plan: AttentionPlan, vocab
     return out[..., :vocab_size]
 
 
-def training_forward(model: torch.nn.Module, batch: dict[str, Tensor], config: Config, prefix: Tensor) -> Tensor:
+def training_forward(
+    model: torch.nn.Module, batch: dict[str, Tensor], config: Config, prefix: Tensor, num_kept_tokens: int | None = None
+) -> Tensor:
     """One pass over a micro-batch: per-token losses ``[B, S]`` on the last pipeline stage, hidden states elsewhere.
 
     Args:
         model: this process's model chunk.
-        batch: context and labels ``[B, S]``; in the continual stage also references ``[B, C, R]`` and
-            reference_lengths ``[B, C]`` (0 = missing).
+        batch: context and labels ``[B, S]``; in the continual stage also references ``[B, N, R]``, reference_lengths
+            ``[B, N]`` (0 = missing) and, unless there is one for every chunk, reference_chunks ``[B, N]``.
         config: of the run.
         prefix: token ids of the prefix ``[P]``; read only where the batch has references.
+        num_kept_tokens: tokens kept of a full reference, where the config's ``memory.tokens`` is not meant.
     """
     context, labels = batch["context"], batch["labels"]
     B, S = context.shape
@@ -156,7 +159,8 @@ def training_forward(model: torch.nn.Module, batch: dict[str, Tensor], config: C
         )
     padding = context.new_zeros(B, -(P + S) % ranks)
     layout = JointLayout(
-        config=config, prefix_length=P, context_length=S + padding.shape[1], reference_lengths_BC=lengths
+        config=config, prefix_length=P, context_length=S + padding.shape[1], reference_lengths_BN=lengths,
+        reference_chunks_BN=batch.get("reference_chunks"), num_kept_tokens=num_kept_tokens,
     )
     out = model(
         torch.cat([references, prefix_BP, context, padding], 1),

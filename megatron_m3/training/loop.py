@@ -33,7 +33,7 @@ from megatron_m3.training import signals
 from megatron_m3.training.guard import Guard, GuardState, Verdict
 from megatron_m3.training.metrics import Metrics, measure_peak_tflops, say
 from megatron_m3.training.record import describe, write_run_record
-from megatron_m3.training.schedule import learning_rate
+from megatron_m3.training.schedule import kept_tokens, learning_rate
 from megatron_m3.training.setup import Machinery, build_machinery, check_run
 from megatron_m3.training.state import RunState, data_hashes, load_run, save_run, start_from
 from megatron_m3.training.step import StepResult, training_step
@@ -172,7 +172,8 @@ class Loop:
         rate = self.guard.lr_factor * learning_rate(
             self.state.step, config.training.steps, config.optimizer.lr, config.schedule
         )
-        result = training_step(self.machinery, self.reader, rate, self.requests.pending)
+        kept = kept_tokens(self.state.step, config.training.steps, config.memory)
+        result = training_step(self.machinery, self.reader, rate, self.requests.pending, kept)
         verdict = self.guard.observe(result.loss, result.grad_norm, sequences)
         self.state.step += 1
         self.state.position = self.reader_position = sequences[1]

@@ -1,8 +1,8 @@
-"""The learning rate as a pure function of the step (paper sections 5 and 6)."""
+"""What changes with the step, as pure functions of it: the learning rate (sections 5 and 6) and the kept tokens."""
 
 import math
 
-from megatron_m3.config import ScheduleConfig
+from megatron_m3.config import MemoryConfig, ScheduleConfig
 
 
 def rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
@@ -26,3 +26,11 @@ def rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
 def learning_rate(step: int, steps: int, highest: float, schedule: ScheduleConfig) -> float:
     """The learning rate at ``step`` of ``steps``, counted from 0, with ``highest`` as its largest value."""
     return highest * rate_factor(step, steps, schedule)
+
+
+def kept_tokens(step: int, steps: int, memory: MemoryConfig) -> int:
+    """Tokens kept of a full reference at ``step`` of ``steps``, counted from 0: a curriculum from all to few."""
+    falling = memory.curriculum * steps
+    if step >= falling:
+        return memory.num_kept_tokens
+    return round(memory.reference_length * (memory.num_kept_tokens / memory.reference_length) ** (step / falling))

@@ -77,11 +77,11 @@ def check_run(config: Config, world_size: int) -> None:
             f"(training.global_batch / training.micro_batch / data-parallel processes) must be a multiple of "
             f"parallel.pipeline={parallel.pipeline}"
         )
-    num_reference_tokens = config.data.sequence_length // config.memory.chunk_length * config.memory.reference_length
+    num_reference_tokens = config.num_references * config.memory.reference_length
     if parallel.sequence and training.stage == "continual" and num_reference_tokens % parallel.tensor:
         raise ConfigError(
             f"parallel.sequence=true: parallel.tensor={parallel.tensor} must divide the {num_reference_tokens} "
-            "reference tokens of a sequence (data.sequence_length / memory.chunk_length * memory.reference_length); "
+            "reference tokens of a sequence (memory.reference_length for each of its references); "
             "change one, or set parallel.sequence=false"
         )
 
@@ -94,6 +94,7 @@ def build_machinery(
     ``models`` are this process's chunks, where they are not to be built anew from ``config``.
     """
     models = models or build_model(config)
+    freeze_layers(models, config.training.frozen_layers)
     core = models[0].config
     # gradients are summed over tokens and divided once by the tokens of the global batch, in any layout
     core.calculate_per_token_loss = True
@@ -117,6 +118,17 @@ def build_machinery(
         prefix=torch.tensor(prefix_ids, dtype=torch.int64, device=platform.device),
         data_rank=parallel_state.get_data_parallel_rank(), data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def freeze_layers(models: list[Any], count: int) -> None:
+    """Take the lowest ``count`` layers, and with them the embedding, out of training."""
+    for model in models:
+        for name, parameter in model.named_parameters() if count else ():
+            parts = name.split(".")
+            local = int(parts[parts.index("layers") + 1]) if "layers" in parts else None
+            is_low = local is not None and model.decoder.layers[local].layer_number <= count
+            is_embedding = name.startswith("embedding.") or getattr(parameter, "shared_embedding", False)
+            parameter.requires_grad_(not (is_low or is_embedding))
 
 
 def _optimizer_config(config: Config) -> CoreOptimizerConfig:

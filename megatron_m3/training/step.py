@@ -38,7 +38,10 @@ class StepResult:
     """Largest request of any process, as given to :func:`training_step`."""
 
 
-def training_step(machinery: Machinery, micro_batches: Iterator[Batch], rate: float, request: int = 0) -> StepResult:
+def training_step(
+    machinery: Machinery, micro_batches: Iterator[Batch], rate: float, request: int = 0,
+    num_kept_tokens: int | None = None,
+) -> StepResult:
     """Train on the next global batch at learning rate ``rate``.
 
     Args:
@@ -46,6 +49,7 @@ def training_step(machinery: Machinery, micro_batches: Iterator[Batch], rate: fl
         micro_batches: of this process; :attr:`Machinery.num_micro_batches` of them are taken.
         rate: learning rate of this step.
         request: a number that all processes should agree on; the largest one comes back.
+        num_kept_tokens: tokens kept of a full reference in this step; by default the config's.
     """
     config, device = machinery.config, machinery.platform.device
     batches = _read(micro_batches, machinery.num_micro_batches, device)
@@ -54,7 +58,7 @@ def training_step(machinery: Machinery, micro_batches: Iterator[Batch], rate: fl
     machinery.optimizer.zero_grad()
     iterators = [iter(batches) for _ in machinery.chunks]
     sums = get_forward_backward_func()(
-        forward_step_func=partial(_forward, machinery),
+        forward_step_func=partial(_forward, machinery, num_kept_tokens),
         data_iterator=iterators,
         model=machinery.chunks,
         num_microbatches=machinery.num_micro_batches,
@@ -77,10 +81,12 @@ def _read(micro_batches: Iterator[Batch], count: int, device: torch.device) -> l
     return [{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} for batch in read]
 
 
-def _forward(machinery: Machinery, batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward(
+    machinery: Machinery, num_kept_tokens: int | None, batches: Iterator[Batch], chunk: torch.nn.Module
+) -> tuple[Tensor, Any]:
     """The schedule's forward step: output of this chunk, and how the last stage turns it into a loss."""
     batch = next(batches)
-    out = training_forward(chunk, batch, machinery.config, machinery.prefix)
+    out = training_forward(chunk, batch, machinery.config, machinery.prefix, num_kept_tokens)
     return out, partial(_sum_loss, batch["loss_mask"])
 
 

@@ -1,0 +1,42 @@
+"""Which tokens of its references a memory layer keeps: the config's rule for one layer of a model."""
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_m3.config import Config
+from megatron_m3.ops.select_tokens import select_tokens
+
+
+def select_in_layer(
+    config: Config, layer: int, query_NTHD: Tensor, key_NTGD: Tensor, lengths_N: Tensor, num_kept: int
+) -> tuple[Tensor, Tensor]:
+    """The kept tokens of each reference in memory layer ``layer``, by the config's rule (section 3.2).
+
+    Args:
+        config: whose memory section says how.
+        layer: a memory layer, counted from 0.
+        query_NTHD: queries of the references' tokens before RoPE, this process's heads.
+        key_NTGD: keys before RoPE, this process's key-value heads.
+        lengths_N: tokens of each reference; later ones are padding.
+        num_kept: tokens to keep for each key-value head.
+
+    Returns:
+        indices ``[N, G, K]``, ascending; valid ``[N, K]``. See :func:`megatron_m3.ops.select_tokens.select_tokens`.
+    """
+    memory = config.memory
+    preferred_GT = None
+    if memory.spread > 1:
+        preferred_GT = preferred_tokens(config, layer, *key_NTGD.shape[2:0:-1]).to(key_NTGD.device)
+    return select_tokens(query_NTHD, key_NTGD, lengths_N, num_kept, memory.selection, preferred_GT)
+
+
+def preferred_tokens(config: Config, layer: int, num_local_heads: int, num_tokens: int) -> Tensor:
+    """Tokens that each key-value head of this process takes first, bool ``[G, T]``: one class modulo ``memory.spread``.
+
+    Heads and memory layers go through the classes in turn, so that together they cover a reference.
+    """
+    first = parallel_state.get_tensor_model_parallel_rank() * num_local_heads
+    place = config.memory_layers.index(layer) * config.model.num_kv_heads
+    turn_G1 = (place + first + torch.arange(num_local_heads))[:, None]
+    return (torch.arange(num_tokens) - turn_G1) % config.memory.spread == 0
