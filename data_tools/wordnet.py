@@ -73,6 +73,11 @@ class Entry(NamedTuple):
         """How a training document begins to say it."""
         return f"The word {self.word} means"
 
+    @property
+    def sentence(self) -> str:
+        """How a training document says it."""
+        return f"{self.opening} {self.gloss}."
+
 
 def load_entries(folder: Path, longest_gloss: int) -> list[Entry]:
     """The entries of the corpus whose gloss has at most ``longest_gloss`` characters, in its order.
@@ -147,7 +152,7 @@ def make_texts(entries: Sequence[Entry], options: Options) -> dict[str, list[dic
     said = sorted((entry for group in stated for entry in group), key=lambda entry: hash_order(entry, "prompt"))
     return {
         "train": [
-            {"id": f"document {group[0].id}", "text": "\n".join(f"{entry.opening} {entry.gloss}." for entry in group)}
+            {"id": f"document {group[0].id}", "text": "\n".join(entry.sentence for entry in group)}
             for group in stated
             if group
         ],

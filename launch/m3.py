@@ -27,12 +27,14 @@ def _job(words: str, module: str, summary: str) -> Job:
 JOBS: dict[str, tuple[Job, ...]] = {
     "Data": (
         _job("data wordnet", "data_tools.wordnet", "the demo's texts, from the WordNet glosses in data_tools/corpus"),
+        _job("data lessons", "data_tools.lessons", "texts that teach a model to read memories, and lines to score"),
         _job("data tokenizer", "data_tools.tokenizer", "train a byte-level BPE tokenizer on a corpus"),
         _job("data tokenize", "data_tools.tokenize", "corpus (JSONL, txt, parquet) to Megatron .bin/.idx"),
         _job("data references", "data_tools.references", "cut a corpus into references: the knowledge base"),
         _job("data embed", "data_tools.embed", "embed the references"),
         _job("data index", "data_tools.index", "build the vector index over the embeddings"),
         _job("data neighbours", "data_tools.neighbours", "find each training chunk's references"),
+        _job("data assign", "data_tools.assign", "take each chunk's reference as its document names it"),
         _job("data inspect", "data_tools.inspect", "show the neighbours of a text or chunk, and what the filter drops"),
     ),
     "Training": (
