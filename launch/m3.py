@@ -48,6 +48,9 @@ JOBS: dict[str, tuple[Job, ...]] = {
     "Inference": (
         _job("generate", "launch.generate", "generate with recall every 64 tokens, showing the references read"),
     ),
+    "Conversion": (
+        _job("convert from-hf", "ckpt_convert.from_hf", "a Hugging Face folder or a GGUF file to a checkpoint"),
+    ),
     "Evaluation": (
         _job("score", "launch.score", "loss of targets without memory, with, with another's, with the text"),
         _job("cost", "launch.cost", "the cost model of the three memory formats, and bank sizes"),

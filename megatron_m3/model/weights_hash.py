@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_m3.manifest import hash_json
 
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 MULTIPLIERS = (-7046029254386353131, -4417276706812531889, -7723592293110705685)
 BIT_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -40,21 +40,38 @@ def weights_hash(models: Sequence[Any]) -> str:
 
     state = sharded_state(models)
     apply_factories(state)
-    sums: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    sums = WeightSums()
     for shard in nested_values(state):
         if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id):
-            _, _, total = sums.get(shard.key, ("", (), 0))
-            total = _wrap(total + _shard_sum(shard.data, shard.global_offset, shard.global_shape))
-            sums[shard.key] = (str(shard.dtype), tuple(shard.global_shape), total)
-    gathered: list[Any] = [sums]
+            sums.add(shard.key, shard.data, shard.global_offset, shard.global_shape)
+    gathered: list[Any] = [sums.tensors]
     if dist.is_initialized():
         gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, sums)
-    whole: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        dist.all_gather_object(gathered, sums.tensors)
+    whole = WeightSums()
     for part in gathered:
         for key, (dtype, shape, total) in part.items():
-            whole[key] = (dtype, shape, _wrap(total + whole.get(key, (dtype, shape, 0))[2]))
-    return hash_json(whole)
+            whole.add_sum(key, dtype, shape, total)
+    return whole.hash()
+
+
+class WeightSums:
+    """The fingerprint as it grows, shard by shard."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
+
+    def add(self, key: str, data: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> None:
+        """Count the shard ``data``, at ``offset`` in the global tensor ``key`` of ``shape``; each shard once."""
+        self.add_sum(key, str(data.dtype), tuple(shape), _shard_sum(data, offset, shape))
+
+    def add_sum(self, key: str, dtype: str, shape: tuple[int, ...], total: int) -> None:
+        """Count the sum of some shards of a tensor."""
+        self.tensors[key] = (dtype, shape, _wrap(total + self.tensors.get(key, (dtype, shape, 0))[2]))
+
+    def hash(self) -> str:
+        """The fingerprint of all that was counted."""
+        return hash_json(self.tensors)
 
 
 def _wrap(number: int) -> int:

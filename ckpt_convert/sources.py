@@ -1,0 +1,289 @@
+"""Models on disk, read rows at a time: a Hugging Face folder, a GGUF file, or one of our checkpoints.
+
+All three look alike: tensors under their Hugging Face names. Rows are read from the file into memory of their own, so
+that what is resident never grows with the model.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt_convert.families import FAMILIES, read_config
+from ckpt_convert.mapping import gguf_names, their_shapes
+from megatron_m3.config import ModelConfig
+from megatron_m3.errors import ArtifactError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+    from gguf import GGUFReader
+
+BAND_BYTES = 16 << 20
+"""Bytes of rows that are read at a time."""
+SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+IGNORED = (".rotary_emb.inv_freq", ".attention.masked_bias")
+"""Ends of the names of buffers that old checkpoints hold beside the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Rows of a tensor as they lie in a file, one behind the other."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: "torch.dtype"
+    """Type of what is read."""
+    row_bytes: int
+    quantization: Any = None
+    """GGUF's type of a tensor that is decoded to fp32."""
+    interleaved_heads: int = 0
+    """Heads whose rows llama.cpp has reordered."""
+
+    def rows(self, first: int, last: int) -> "torch.Tensor":
+        """Rows ``first`` up to ``last``, in memory of their own."""
+        if not self.interleaved_heads:
+            return self._read(first, last)
+        head = self.shape[0] // self.interleaved_heads
+        begin, end = first // head * head, -(-last // head) * head
+        found = self._read(begin, end)
+        # llama.cpp pairs neighbouring rows for its rotation, we pair those half a head apart
+        found = found.view(-1, head // 2, 2, *found.shape[1:]).transpose(1, 2).reshape(found.shape)
+        return found[first - begin : last - begin]
+
+    def _read(self, first: int, last: int) -> "torch.Tensor":
+        import torch
+
+        data = bytearray((last - first) * self.row_bytes)
+        with self.path.open("rb", buffering=0) as stream:
+            stream.seek(self.offset + first * self.row_bytes)
+            done = 0
+            while done < len(data):
+                count = stream.readinto(memoryview(data)[done:])
+                if not count:
+                    raise ArtifactError(f"{self.path}: cut short; get the file again")
+                done += count
+        shape = (last - first, *self.shape[1:])
+        if self.quantization is None:
+            return torch.frombuffer(data, dtype=self.dtype).view(shape)
+        import numpy as np
+        from gguf.quants import dequantize
+
+        raw = np.frombuffer(data, np.uint8).reshape(last - first, self.row_bytes)
+        return torch.from_numpy(np.ascontiguousarray(dequantize(raw, self.quantization), np.float32)).view(shape)
+
+
+class Source(ABC):
+    """A model whose tensors can be read by their Hugging Face names."""
+
+    path: Path
+    family: str
+    model: ModelConfig
+    dtype: "torch.dtype"
+    """Narrowest type, fp32 or bf16, that holds every number exactly."""
+
+    @abstractmethod
+    def rows(self, name: str, first: int, last: int) -> "torch.Tensor":
+        """Rows ``first`` up to ``last`` of a tensor, in their stored type or a wider one."""
+
+    def bands(self, name: str) -> Iterator[tuple[int, int, "torch.Tensor"]]:
+        """A tensor in slices of at most :data:`BAND_BYTES`: first row, one past the last, and the rows."""
+        shape = their_shapes(self.model)[name]
+        step = max(1, BAND_BYTES // (4 * (shape[1] if len(shape) > 1 else 1)))
+        for first in range(0, shape[0], step):
+            last = min(first + step, shape[0])
+            yield first, last, self.rows(name, first, last)
+
+
+@dataclass(kw_only=True)
+class FileSource(Source):
+    """A Hugging Face folder or a GGUF file."""
+
+    path: Path
+    family: str
+    model: ModelConfig
+    dtype: "torch.dtype" = field(init=False)
+    tensors: dict[str, StoredTensor]
+
+    def __post_init__(self) -> None:
+        import torch
+
+        self._check()
+        half = all(tensor.dtype == torch.bfloat16 for tensor in self.tensors.values())
+        self.dtype = torch.bfloat16 if half else torch.float32
+
+    def _check(self) -> None:
+        """Compare names and shapes with those of the family."""
+        expected = their_shapes(self.model)
+        if self.model.tie_embeddings and "lm_head.weight" in self.tensors:
+            self._check_tied()
+        for name, shape in expected.items():
+            if name not in self.tensors:
+                raise ArtifactError(f"{self.path}: tensor {name} is missing; take a complete model")
+            if self.tensors[name].shape != shape:
+                raise ArtifactError(f"{self.path}: tensor {name} has shape {self.tensors[name].shape}, "
+                                    f"the config says {shape}; take a model whose files belong together")
+        for name in self.tensors:
+            if name not in expected:
+                raise UnsupportedError(f"{self.path}: tensor {name} is none of a {self.family} model's; "
+                                       "it would be lost")
+
+    def _check_tied(self) -> None:
+        """Leave out the output projection of a tied model, if it is the embedding."""
+        output = self.tensors.pop("lm_head.weight")
+        for first, last, rows in self.bands("model.embed_tokens.weight"):
+            if output.shape[0] < last or not output.rows(first, last).equal(rows):
+                raise ArtifactError(f"{self.path}: lm_head.weight differs from the embedding, but the config has "
+                                    "tie_word_embeddings=true; set it to false if both are meant")
+
+    def rows(self, name: str, first: int, last: int) -> "torch.Tensor":
+        """See :class:`Source`."""
+        return self.tensors[name].rows(first, last)
+
+
+def open_model(path: Path) -> Source:
+    """Open a Hugging Face folder, a GGUF file, one of our checkpoints or the folder of a run; only headers are read.
+
+    Raises:
+        UnsupportedError: a feature that our model does not have, by name.
+        ArtifactError: nothing of the kind there, or files that do not belong together.
+    """
+    path = Path(path)
+    if path.is_file() and path.open("rb").read(4) == b"GGUF":
+        return open_gguf(path)
+    if is_checkpoint(path):
+        from ckpt_convert.checkpoint import CheckpointSource
+
+        return CheckpointSource(path)
+    if (path / "config.json").is_file():
+        return open_folder(path)
+    raise ArtifactError(f"{path}: neither a Hugging Face folder, nor a GGUF file, nor a checkpoint; name one of them")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one of our checkpoints, or that of a run (which has a ``config.json`` of its own)."""
+    from megatron_m3.model.checkpoint import FOLDER, list_checkpoints
+
+    return bool(FOLDER.fullmatch(path.name) and (path / "manifest.json").is_file()) or bool(list_checkpoints(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model's folder.
+
+    Raises:
+        ArtifactError: not there, or not an object.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path}: missing, or not a JSON object; take a complete model")
+    return found
+
+
+def open_folder(folder: Path) -> FileSource:
+    """A folder with config.json and safetensors, in one file or several."""
+    family, model = read_config(read_json(folder / "config.json"), folder / "config.json")
+    if (folder / INDEX).is_file():
+        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    elif (folder / SINGLE).is_file():
+        files = [SINGLE]
+    else:
+        raise UnsupportedError(f"{folder}: no {SINGLE} and no {INDEX}; save the model as safetensors")
+    tensors: dict[str, StoredTensor] = {}
+    for name in files:
+        tensors |= _safetensors(folder / name)
+    return FileSource(path=folder, family=family, model=model, tensors=tensors)
+
+
+def _safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Where each tensor of a safetensors file lies."""
+    import torch
+
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        size = path.stat().st_size - 8 - length
+        header.pop("__metadata__", None)
+    except (OSError, ValueError, MemoryError):
+        raise ArtifactError(f"{path}: missing or not a safetensors file; get the file again") from None
+    found = {}
+    for name, entry in header.items():
+        if name.endswith(IGNORED):
+            continue
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise UnsupportedError(f"{path}: tensor {name} is of type {entry['dtype']}; known are fp32, bf16 and fp16")
+        first, last = entry["data_offsets"]
+        if last > size:
+            raise ArtifactError(f"{path}: cut short before the end of {name}; get the file again")
+        shape = tuple(entry["shape"])
+        found[name] = StoredTensor(
+            path=path, offset=8 + length + first, shape=shape, row_bytes=(last - first) // (shape[0] if shape else 1),
+            dtype=getattr(torch, SAFETENSORS_DTYPES[entry["dtype"]]),
+        )
+    return found
+
+
+def open_gguf(path: Path) -> FileSource:
+    """A GGUF file; quantised tensors are read as fp32."""
+    from gguf import GGUFReader
+
+    from ckpt_convert.gguf_config import gguf_fields, llama3_scaling
+
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, OSError, IndexError) as error:
+        raise ArtifactError(f"{path}: not a readable GGUF file ({error}); get the file again") from None
+    fields = gguf_fields(reader, path)
+    family, model = read_config(fields, path)
+    stored = _gguf_tensors(path, reader)
+    scaling = stored.pop("rope_freqs.weight", None)
+    if scaling is not None:
+        fields["rope_scaling"] = llama3_scaling(scaling.rows(0, scaling.shape[0]), model, path)
+        family, model = read_config(fields, path)
+    names = gguf_names(model)
+    return FileSource(path=path, family=family, model=model,
+                      tensors={names.get(name, name): _as_ours(tensor, name, family, model)
+                               for name, tensor in stored.items()})
+
+
+def _as_ours(tensor: StoredTensor, name: str, family: str, model: ModelConfig) -> StoredTensor:
+    """A tensor of a GGUF file, with the order of its rows."""
+    from dataclasses import replace
+
+    heads = {"attn_q": model.num_heads, "attn_k": model.num_kv_heads}
+    kind = name.split(".")[-2]
+    if not FAMILIES[family].gguf_interleaved or kind not in heads:
+        return tensor
+    return replace(tensor, interleaved_heads=heads[kind])
+
+
+def _gguf_tensors(path: Path, reader: "GGUFReader") -> dict[str, StoredTensor]:
+    """Where each tensor of a GGUF file lies, by its GGUF name."""
+    import torch
+    from gguf import GGMLQuantizationType as Kind
+    from gguf.quants import dequantize
+
+    plain = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+    found = {}
+    for tensor in reader.tensors:
+        kind, shape = tensor.tensor_type, tuple(int(size) for size in reversed(tensor.shape))
+        if int(tensor.data_offset) + int(tensor.n_bytes) > path.stat().st_size:
+            raise ArtifactError(f"{path}: cut short before the end of {tensor.name}; get the file again")
+        row_bytes = int(tensor.n_bytes) // shape[0]
+        if kind not in plain:
+            try:
+                dequantize(tensor.data[:1], kind)
+            except NotImplementedError:
+                raise UnsupportedError(f"{path}: tensor {tensor.name} is of type {kind.name}, which cannot be decoded"
+                                       ) from None
+        found[tensor.name] = StoredTensor(
+            path=path, offset=int(tensor.data_offset), shape=shape, row_bytes=row_bytes,
+            dtype=plain.get(kind, torch.float32), quantization=None if kind in plain else kind,
+        )
+    return found
