@@ -35,6 +35,8 @@ class ScoreOptions:
     string."""
     seed: int = 1234
     """Which other line's references mode shuffled takes, and the codec's sample."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Numbers to compute with; by default the checkpoint's."""
     batch_tokens: int = 4096
     """Most tokens, padding and references included, in one pass."""
     json: bool = False
@@ -76,7 +78,7 @@ def score(options: ScoreOptions) -> dict[str, Any]:
 
     started = time.perf_counter()
     check_output(options)
-    loaded = load_model(Path(options.checkpoint))
+    loaded = load_model(Path(options.checkpoint), dtype=options.dtype)
     given = {"memory.layers": options.memory_layers, "memory.tokens": options.memory_tokens}
     config = replace_fields(loaded.config, {name: text for name, text in given.items() if text is not None})
     loaded, memory = replace(loaded, config=config), config.memory

@@ -34,6 +34,8 @@ class ChunkMemories:
     """The memory layers: from a layer's number to its place in ``memories``."""
     heads: slice
     """The kv heads of this process."""
+    memory_heads: Mapping[int, Tensor] | None = None
+    """The kv heads of this process that read memories, bool [G], by memory layer; None for all in every layer."""
 
     @property
     def num_slots(self) -> int:
@@ -59,6 +61,13 @@ class ChunkMemories:
         )
         return kv_XBCMGD.masked_fill(~self.valid_slots()[None, ..., None, None], 0)
 
+    def valid_in(self, layer: int) -> Tensor:
+        """Which slots of a memory layer are read, [B, C, M], or [B, C, M, G] where its heads differ."""
+        valid_BCM = self.valid_slots()
+        if self.memory_heads is None or self.memory_heads[layer].all():
+            return valid_BCM
+        return valid_BCM[..., None] & self.memory_heads[layer].to(valid_BCM.device)
+
     def chunk(self, index_B: Tensor) -> "ChunkMemories":
         """The memories of one chunk of each sequence, as a :class:`ChunkMemories` with C = 1."""
         rows_B = torch.arange(len(index_B), device=self.rows_BCR.device)
@@ -68,6 +77,7 @@ class ChunkMemories:
             valid_BCR=self.valid_BCR[rows_B, index_B][:, None],
             layers=self.layers,
             heads=self.heads,
+            memory_heads=self.memory_heads,
         )
 
 
@@ -92,7 +102,6 @@ class ReadingPlan:
         self.rope, self.positions_T1, self.backend = rope, positions_T[:, None], get_backend(backend)
         self.prefix_length, self.chunk_length = prefix_length, chunk_length
         self.memories, self.keep = memories, keep
-        self.valid_BCM = memories.valid_slots() if memories else None
         self.table: tuple[Tensor, Tensor] | None = None
 
     def attend(self, layer: int, query_TBHD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor) -> Tensor:
@@ -113,7 +122,7 @@ class ReadingPlan:
             value_BTGD,
             memory_key,
             memory_value,
-            self.valid_BCM,
+            self.memories.valid_in(layer),
             prefix_length=self.prefix_length,
             chunk_length=self.chunk_length,
             window=1,

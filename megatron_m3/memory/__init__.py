@@ -3,7 +3,7 @@
 from megatron_m3.memory.bank import MemoryBank
 from megatron_m3.memory.cache import MemoryCache
 from megatron_m3.memory.codec import Codec, train_codec
-from megatron_m3.memory.encode import encode_references
+from megatron_m3.memory.encode import encode_references, encode_variants
 from megatron_m3.memory.sources import ColdSource, MemorySource, WarmSource
 from megatron_m3.memory.types import ExplicitMemories
 
@@ -16,5 +16,6 @@ __all__ = [
     "MemorySource",
     "WarmSource",
     "encode_references",
+    "encode_variants",
     "train_codec",
 ]

@@ -4,6 +4,8 @@ Letters: N references, T tokens (P of them prefix), L memory layers, X key or va
 (both the local tensor-parallel shard), K kept tokens, D head size, S sequence, B batch, E hidden.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from megatron.core import parallel_state
@@ -37,31 +39,58 @@ def encode_references(
     Returns:
         The memories in the order given; the same inputs give the same bits.
     """
+    return encode_variants(loaded, tokens_NT, lengths_N, [loaded.config], batch_tokens=batch_tokens)[0]
+
+
+def encode_variants(
+    loaded: LoadedModel, tokens_NT: Tensor | np.ndarray, lengths_N: Tensor | np.ndarray, configs: Sequence[Config], *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[ExplicitMemories]:
+    """The memories of the same references under several memory settings, from one pass.
+
+    What a layer keeps never changes what stands above it, so layers, kept tokens and selection may all differ.
+
+    Args:
+        loaded: the model.
+        tokens_NT: as for :func:`encode_references`.
+        lengths_N: tokens of each reference.
+        configs: of this model, each with its own ``memory`` section.
+        batch_tokens: most tokens, padding included, in one pass (at least one reference is).
+
+    Returns:
+        One for each of ``configs``.
+    """
     tokens_NT, lengths_N = torch.as_tensor(tokens_NT).long(), torch.as_tensor(lengths_N).long()
     order = torch.argsort(lengths_N, stable=True)
-    parts: list[ExplicitMemories] = []
+    parts: list[list[ExplicitMemories]] = []
     first = len(order)
     while first > 0:
         longest = max(1, int(lengths_N[order[first - 1]]))
         count = max(1, batch_tokens // (len(loaded.prefix_ids) + longest))
         rows = order[max(0, first - count) : first]
-        parts.insert(0, _encode_batch(loaded, tokens_NT[rows, :longest], lengths_N[rows]))
+        parts.insert(0, _encode_batch(loaded, tokens_NT[rows, :longest], lengths_N[rows], configs))
         first -= len(rows)
     if not parts:
-        model, memory = loaded.config.model, loaded.config.memory
-        layers = len(loaded.config.memory_layers)
-        return ExplicitMemories.empty(layers, model.num_kv_heads, memory.num_kept_tokens, model.head_size)
-    return ExplicitMemories.concatenate(parts)[torch.argsort(order)]
+        return [_no_memories(config) for config in configs]
+    back = torch.argsort(order)
+    return [ExplicitMemories.concatenate(variant)[back] for variant in zip(*parts, strict=True)]
+
+
+def _no_memories(config: Config) -> ExplicitMemories:
+    model, kept = config.model, config.memory.num_kept_tokens
+    return ExplicitMemories.empty(len(config.memory_layers), model.num_kv_heads, kept, model.head_size)
 
 
 @torch.no_grad()
-def _encode_batch(loaded: LoadedModel, tokens_NT: Tensor, lengths_N: Tensor) -> ExplicitMemories:
+def _encode_batch(
+    loaded: LoadedModel, tokens_NT: Tensor, lengths_N: Tensor, configs: Sequence[Config]
+) -> list[ExplicitMemories]:
     """One pass; nothing above the queries, keys and values of the last memory layer is computed."""
     model, device = loaded.model, next(loaded.model.parameters()).device
     prefix_P = torch.tensor(loaded.prefix_ids)
     whole_NT = torch.cat([prefix_P.expand(len(tokens_NT), -1), tokens_NT], 1).to(device)
-    plan = EncodePlan(loaded.config, len(prefix_P), lengths_N.to(device))
-    last = loaded.config.memory_layers[-1]
+    plan = EncodePlan(configs, len(prefix_P), lengths_N.to(device))
+    last = max(config.memory_layers[-1] for config in configs)
     hidden_SBE = model.embedding(whole_NT, None)
     for layer in model.decoder.layers[:last]:
         hidden_SBE, _ = layer(hidden_SBE, attention_mask=None, attention_bias=plan)
@@ -73,18 +102,17 @@ def _encode_batch(loaded: LoadedModel, tokens_NT: Tensor, lengths_N: Tensor) -> 
 class EncodePlan:
     """Attention of an encoding pass: causal over ``[prefix | reference]``, and memory layers keep their tokens."""
 
-    def __init__(self, config: Config, prefix_length: int, lengths_N: Tensor) -> None:
-        self.config, self.prefix_length, self.lengths_N = config, prefix_length, lengths_N
-        self.rope = Rope.of(config.model)
+    def __init__(self, configs: Sequence[Config], prefix_length: int, lengths_N: Tensor) -> None:
+        self.configs, self.prefix_length, self.lengths_N = configs, prefix_length, lengths_N
+        self.rope = Rope.of(configs[0].model)
         self.table: tuple[Tensor, Tensor] | None = None
-        self.backend = get_backend(config.model.attention)
-        self.kv: list[Tensor] = []
-        self.positions: list[Tensor] = []
+        self.backend = get_backend(configs[0].model.attention)
+        self.kv: list[list[Tensor]] = [[] for _ in configs]
+        self.positions: list[list[Tensor]] = [[] for _ in configs]
 
     def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
         """See :class:`megatron_m3.model.attention.AttentionPlan`."""
-        if layer in self.config.memory_layers:
-            self.keep(layer, query_SBHD, key_SBGD, value_SBGD)
+        self.keep(layer, query_SBHD, key_SBGD, value_SBGD)
         query, key = (self._rotate(part).transpose(0, 1) for part in (query_SBHD, key_SBGD))
         return self.backend.causal_attention(query, key, value_SBGD.transpose(0, 1)).transpose(0, 1)
 
@@ -96,28 +124,35 @@ class EncodePlan:
 
     def keep(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> None:
         """Select by queries and keys before RoPE, prefix excluded; keep keys after RoPE and values."""
-        memory = self.config.memory
+        keeping = [place for place, config in enumerate(self.configs) if layer in config.memory_layers]
+        if not keeping:
+            return
         rotated_SBGD = self._rotate(key_SBGD)
         query_NTHD, key_NTGD, rotated_NTGD, value_NTGD = (
             part[self.prefix_length :].transpose(0, 1) for part in (query_SBHD, key_SBGD, rotated_SBGD, value_SBGD)
         )
-        indices_NGK, valid_NK = select_in_layer(
-            self.config, layer, query_NTHD, key_NTGD, self.lengths_N, memory.num_kept_tokens
-        )
-        index_NGKD = indices_NGK[..., None].expand(-1, -1, -1, key_NTGD.shape[-1])
-        kv_NXGKD = torch.stack([part.transpose(1, 2).gather(2, index_NGKD) for part in (rotated_NTGD, value_NTGD)], 1)
-        kv_NXGKD = kv_NXGKD.float().masked_fill(~valid_NK[:, None, None, :, None], 0)
-        missing = memory.num_kept_tokens - valid_NK.shape[1]
-        self.kv.append(torch.nn.functional.pad(kv_NXGKD, (0, 0, 0, missing)))
-        self.positions.append(torch.nn.functional.pad(indices_NGK.int(), (0, missing)))
+        for place in keeping:
+            config = self.configs[place]
+            indices_NGK, valid_NK = select_in_layer(
+                config, layer, query_NTHD, key_NTGD, self.lengths_N, config.memory.num_kept_tokens
+            )
+            index_NGKD = indices_NGK[..., None].expand(-1, -1, -1, key_NTGD.shape[-1])
+            kept = [part.transpose(1, 2).gather(2, index_NGKD) for part in (rotated_NTGD, value_NTGD)]
+            kv_NXGKD = torch.stack(kept, 1).float().masked_fill(~valid_NK[:, None, None, :, None], 0)
+            missing = config.memory.num_kept_tokens - valid_NK.shape[1]
+            self.kv[place].append(torch.nn.functional.pad(kv_NXGKD, (0, 0, 0, missing)))
+            self.positions[place].append(torch.nn.functional.pad(indices_NGK.int(), (0, missing)))
 
-    def memories(self) -> ExplicitMemories:
-        """What was kept, gathered over the tensor-parallel ranks, on the CPU."""
-        return ExplicitMemories(
-            kv=_gather_heads(torch.stack(self.kv, 1), 3).cpu(),
-            positions=_gather_heads(torch.stack(self.positions, 1), 2).to(torch.int16).cpu(),
-            num_kept=self.lengths_N.clamp(max=self.config.memory.num_kept_tokens).int().cpu(),
-        )
+    def memories(self) -> list[ExplicitMemories]:
+        """What was kept for each of the configs, gathered over the tensor-parallel ranks, on the CPU."""
+        return [
+            ExplicitMemories(
+                kv=_gather_heads(torch.stack(kv, 1), 3).cpu(),
+                positions=_gather_heads(torch.stack(positions, 1), 2).to(torch.int16).cpu(),
+                num_kept=self.lengths_N.clamp(max=config.memory.num_kept_tokens).int().cpu(),
+            )
+            for config, kv, positions in zip(self.configs, self.kv, self.positions, strict=True)
+        ]
 
 
 def _gather_heads(local: Tensor, dim: int) -> Tensor:

@@ -85,7 +85,7 @@ def bench_build(folder: Path, loaded: "LoadedModel") -> dict[str, float]:
     from megatron_m3.references import ReferenceStore
 
     class BarePlan(EncodePlan):
-        def keep(self, *parts: torch.Tensor) -> None:
+        def keep(self, *parts: object) -> None:
             pass
 
     tokens, lengths = ReferenceStore.open(folder / str(NUM_REFERENCES)).tokens(range(512))
@@ -100,7 +100,7 @@ def bench_build(folder: Path, loaded: "LoadedModel") -> dict[str, float]:
             some, rows = np.split(rows[::-1], [BATCH_TOKENS // (len(prefix) + longest)])
             rows = rows[::-1]
             whole = torch.cat([prefix.expand(len(some), -1), torch.from_numpy(tokens[some, :longest]).long()], 1)
-            plan = BarePlan(loaded.config, len(prefix), torch.from_numpy(lengths[some]))
+            plan = BarePlan([loaded.config], len(prefix), torch.from_numpy(lengths[some]))
             hidden = loaded.model.embedding(whole, None)
             for layer in loaded.model.decoder.layers[:last]:
                 hidden, _ = layer(hidden, attention_mask=None, attention_bias=plan)

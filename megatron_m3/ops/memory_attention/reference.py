@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 
-def _attend(query_BTHD: Tensor, key_BUGD: Tensor, value_BUGD: Tensor, visible_BTU: Tensor) -> Tensor:
-    """Softmax attention in fp32 (fp64 for fp64 inputs) under a boolean mask; every query sees at least one key."""
+def _attend(query_BTHD: Tensor, key_BUGD: Tensor, value_BUGD: Tensor, visible_BGTU: Tensor) -> Tensor:
+    """Softmax attention in fp32 (fp64 for fp64 inputs) under a boolean mask, whose G may be 1.
+
+    Every query sees at least one key.
+    """
     repeat = query_BTHD.shape[2] // key_BUGD.shape[2]
     wide = torch.promote_types(query_BTHD.dtype, torch.float32)
     key_BUHD = key_BUGD.to(wide).repeat_interleave(repeat, 2)
     value_BUHD = value_BUGD.to(wide).repeat_interleave(repeat, 2)
+    visible_BHTU = visible_BGTU.repeat_interleave(repeat if visible_BGTU.shape[1] > 1 else 1, 1)
     score_BHTU = torch.einsum("bthd,buhd->bhtu", query_BTHD.to(wide), key_BUHD) / query_BTHD.shape[-1] ** 0.5
-    weight_BHTU = score_BHTU.masked_fill(~visible_BTU[:, None], -torch.inf).softmax(-1)
+    weight_BHTU = score_BHTU.masked_fill(~visible_BHTU, -torch.inf).softmax(-1)
     return torch.einsum("bhtu,buhd->bthd", weight_BHTU, value_BUHD).to(query_BTHD.dtype)
 
 
@@ -50,7 +54,8 @@ def memory_attention(
         value_BTGD: its values.
         memory_key_BCMGD: kept keys, in chunk order.
         memory_value_BCMGD: kept values.
-        memory_valid_BCM: False where a slot holds nothing; it is never read.
+        memory_valid_BCM: False where a slot holds nothing; it is never read. Also ``[B, C, M, G]``, where key-value
+            heads differ.
         prefix_length: rows of the trunk that are prefix and read no memory.
         chunk_length: context positions in a chunk.
         window: chunks whose memories a position reads: its own and those before it.
@@ -59,22 +64,24 @@ def memory_attention(
         ``[B, T, H, D]``.
     """
     B, T = query_BTHD.shape[:2]
-    C, M = memory_valid_BCM.shape[1:]
+    C, M = memory_valid_BCM.shape[1:3]
     device = query_BTHD.device
     causal_TT = torch.ones(T, T, dtype=torch.bool, device=device).tril()
     reads_TU = torch.zeros(T, C * M, dtype=torch.bool, device=device)
     reads_TU[prefix_length:] = visible_memories(T - prefix_length, C, chunk_length, window, M).to(device)
-    visible_BTU = reads_TU[None] & memory_valid_BCM.reshape(B, 1, C * M)
+    valid_BGU = memory_valid_BCM.reshape(B, C * M, -1).transpose(1, 2)
+    visible_BGTU = reads_TU & valid_BGU[:, :, None]
+    trunk_BGTT = causal_TT.expand(B, visible_BGTU.shape[1], T, T)
     key_BUGD = torch.cat([memory_key_BCMGD.flatten(1, 2), key_BTGD], 1)
     value_BUGD = torch.cat([memory_value_BCMGD.flatten(1, 2), value_BTGD], 1)
-    return _attend(query_BTHD, key_BUGD, value_BUGD, torch.cat([visible_BTU, causal_TT.expand(B, T, T)], 2))
+    return _attend(query_BTHD, key_BUGD, value_BUGD, torch.cat([visible_BGTU, trunk_BGTT], 3))
 
 
 def causal_attention(query_BTHD: Tensor, key_BTGD: Tensor, value_BTGD: Tensor) -> Tensor:
     """Plain causal attention over the trunk: every position reads what stands up to it."""
     B, T = query_BTHD.shape[:2]
     causal_TT = torch.ones(T, T, dtype=torch.bool, device=query_BTHD.device).tril()
-    return _attend(query_BTHD, key_BTGD, value_BTGD, causal_TT.expand(B, T, T))
+    return _attend(query_BTHD, key_BTGD, value_BTGD, causal_TT.expand(B, 1, T, T))
 
 
 def reference_attention(
@@ -92,5 +99,5 @@ def reference_attention(
         query_NTHD,
         torch.cat([prefix_key_NPGD, key_NTGD], 1),
         torch.cat([prefix_value_NPGD, value_NTGD], 1),
-        visible_TU.expand(N, T, P + T),
+        visible_TU.expand(N, 1, T, P + T),
     )

@@ -68,7 +68,8 @@ def _fused_backward(
 class _JointSoftmax(torch.autograd.Function):
     """One softmax over causal trunk keys and each chunk's memory keys.
 
-    Trunk tensors are ``[B, H, T, D]`` (heads repeated), memories ``[B, C, G, U, D]`` for chunks of ``L`` positions.
+    Trunk tensors are ``[B, H, T, D]`` (heads repeated), memories ``[B, C, G, U, D]`` for chunks of ``L`` positions,
+    their validity ``[B, C, G or 1, U]``.
     """
 
     @staticmethod
@@ -76,7 +77,7 @@ class _JointSoftmax(torch.autograd.Function):
         """Scaled scores ``[B, C, G, R, L, U]`` in fp32 or wider, -inf where a slot is empty."""
         query_BCGRLD = _by_chunk(query_BHTD[:, :, prefix:], memory_key, length)
         score = _widen(torch.einsum("bcgrld,bcgud->bcgrlu", query_BCGRLD, memory_key)) * query_BHTD.shape[-1] ** -0.5
-        return score.masked_fill(~valid[:, :, None, None, None, :], -torch.inf)
+        return score.masked_fill(~valid[:, :, :, None, None, :], -torch.inf)
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, memory_key: Tensor, memory_value: Tensor,
@@ -166,12 +167,12 @@ def memory_attention(
     Positions after the last chunk read what that chunk reads.
     """
     heads, num_context = query_BTHD.shape[2], query_BTHD.shape[1] - prefix_length
-    B, C, M = memory_valid_BCM.shape
+    C = memory_valid_BCM.shape[1]
     length = max(num_context, 1) if C == 1 else chunk_length
     chunks = max(C, -(-num_context // length))
     window = min(window, C)
-    valid = functional.pad(memory_valid_BCM, (0, 0, window - 1, 0)).unfold(1, window, 1)
-    valid = valid.transpose(2, 3).reshape(B, C, window * M)
+    valid_BCMG = memory_valid_BCM[..., None] if memory_valid_BCM.dim() == 3 else memory_valid_BCM
+    valid = _slide(valid_BCMG[..., None], window)[..., 0]
     out_BHTD = _JointSoftmax.apply(
         query_BTHD.transpose(1, 2), _heads_first(key_BTGD, heads), _heads_first(value_BTGD, heads),
         _repeat_last(_slide(memory_key_BCMGD, window), chunks),

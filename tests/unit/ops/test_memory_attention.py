@@ -69,6 +69,22 @@ def test_invalid_slots_are_never_read():
         assert not dirty[5][~valid].any()
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_slots_may_be_valid_for_some_heads_only(size):
+    tensors, valid, grad = random_inputs(size, torch.float64)
+    heads = size[8]
+    by_head = valid[..., None] & (torch.rand(*valid.shape, heads, generator=torch.Generator().manual_seed(2)) < 0.5)
+    fast, truth = (run(backend, size, tensors, by_head, grad) for backend in (torch_backend, reference))
+    for one, other in zip(fast, truth, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    repeat = size[7] // heads
+    for head in range(heads):
+        queries = slice(head * repeat, (head + 1) * repeat)
+        alone = [tensors[0][:, :, queries], *(tensor[..., head : head + 1, :] for tensor in tensors[1:])]
+        out = run(reference, size, alone, by_head[..., head], grad[:, :, queries])[0]
+        torch.testing.assert_close(truth[0][:, :, queries], out, rtol=1e-9, atol=1e-9)
+
+
 def test_no_valid_memory_is_plain_causal_attention():
     size = SIZES[0]
     tensors, valid, grad = random_inputs(size, torch.float32)
