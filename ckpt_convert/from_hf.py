@@ -14,12 +14,8 @@ from megatron_m3.errors import ConfigError, exit_on_user_error
 if TYPE_CHECKING:
     import torch
 
-    from ckpt_convert.checkpoint import Piece
-    from ckpt_convert.mapping import OurTensor
+    from ckpt_convert.checkpoint_writer import Piece
     from ckpt_convert.sources import Source
-
-PIECE_BYTES = 64 << 20
-"""Larger tensors are stored in several pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def convert(options: FromOptions) -> dict[str, str | int]:
     """Write the checkpoint, and return what the summary tells; nothing is written if anything is unsupported."""
-    from ckpt_convert.checkpoint import refuse_output, write_checkpoint
+    from ckpt_convert.checkpoint_writer import DTYPES, refuse_output, write_checkpoint
     from ckpt_convert.sources import FileSource, open_model
     from ckpt_convert.tokenizer_files import check_tokenizer, source_tokenizer
     from megatron_m3.manifest import hash_file, hash_json
@@ -85,11 +81,11 @@ def convert(options: FromOptions) -> dict[str, str | int]:
 
     files = sorted({tensor.path for tensor in source.tensors.values()} | set(path.glob("config.json")))
     hashes = {"source": hash_json({file.name: hash_file(file) for file in files})}
-    pieces = list(stored_pieces(source.model))
-    total = sum(piece.sizes.numel() for piece in pieces) * dtype_of(config).itemsize
+    pieces, dtype = list(stored_pieces(source.model)), DTYPES[config.training.dtype]
+    total = sum(piece.sizes.numel() for piece in pieces) * dtype.itemsize
     with Progress("convert", total, "bytes") as progress:
         def make(piece: "Piece") -> "torch.Tensor":
-            data = assemble(source, piece, dtype_of(config))
+            data = assemble(source, piece, dtype)
             progress.advance(data.nbytes)
             return data
 
@@ -118,13 +114,6 @@ def model_config(source: "Source", options: FromOptions) -> Config:
     )
 
 
-def dtype_of(config: Config) -> "torch.dtype":
-    """The type of a checkpoint's weights."""
-    import torch
-
-    return torch.bfloat16 if config.training.dtype == "bf16" else torch.float32
-
-
 def padding(model: ModelConfig) -> int:
     """Numbers of the rows that only fill the vocabulary up."""
     matrices = 1 if model.tie_embeddings else 2
@@ -133,20 +122,11 @@ def padding(model: ModelConfig) -> int:
 
 def stored_pieces(model: ModelConfig) -> "Iterator[Piece]":
     """Every tensor whole, but for very large ones, all in one file."""
+    from ckpt_convert.checkpoint_writer import cut
     from ckpt_convert.mapping import our_tensors
 
     for tensor in our_tensors(model):
         yield from cut(tensor, (0,) * len(tensor.shape), tensor.shape, "__0_0.distcp")
-
-
-def cut(tensor: "OurTensor", start: Sequence[int], size: Sequence[int], file: str) -> "Iterator[Piece]":
-    """A block of a tensor as pieces of at most :data:`PIECE_BYTES`."""
-    from ckpt_convert.checkpoint import Piece
-
-    step = max(1, PIECE_BYTES // (4 * (size[1] if len(size) > 1 else 1)))
-    for first in range(0, size[0], step):
-        yield Piece(tensor=tensor, start=(start[0] + first, *start[1:]),
-                    size=(min(step, size[0] - first), *size[1:]), file=file)
 
 
 def assemble(source: "Source", piece: "Piece", dtype: "torch.dtype") -> "torch.Tensor":

@@ -144,6 +144,20 @@ class FileSource(Source):
         return self.tensors[name].rows(first, last)
 
 
+class Swapped(Source):
+    """A model as a wrong mapping would read it: gate and up projections exchanged."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.path, self.family, self.model, self.dtype = source.path, source.family, source.model, source.dtype
+
+    def rows(self, name: str, first: int, last: int) -> "torch.Tensor":
+        """See :class:`Source`."""
+        gate, up = ".mlp.gate_proj.", ".mlp.up_proj."
+        wrong = name.replace(gate, up) if gate in name else name.replace(up, gate)
+        return self.source.rows(wrong, first, last)
+
+
 def open_model(path: Path) -> Source:
     """Open a Hugging Face folder, a GGUF file, one of our checkpoints or the folder of a run; only headers are read.
 
@@ -155,7 +169,7 @@ def open_model(path: Path) -> Source:
     if path.is_file() and path.open("rb").read(4) == b"GGUF":
         return open_gguf(path)
     if is_checkpoint(path):
-        from ckpt_convert.checkpoint import CheckpointSource
+        from ckpt_convert.checkpoint_source import CheckpointSource
 
         return CheckpointSource(path)
     if (path / "config.json").is_file():

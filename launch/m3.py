@@ -28,6 +28,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
     "Data": (
         _job("data wordnet", "data_tools.wordnet", "the demo's texts, from the WordNet glosses in data_tools/corpus"),
         _job("data lessons", "data_tools.lessons", "texts that teach a model to read memories, and lines to score"),
+        _job("data plain-text", "data_tools.plain_text", "dictionaries, handbooks and manuals beside the lessons"),
         _job("data tokenizer", "data_tools.tokenizer", "train a byte-level BPE tokenizer on a corpus"),
         _job("data tokenize", "data_tools.tokenize", "corpus (JSONL, txt, parquet) to Megatron .bin/.idx"),
         _job("data references", "data_tools.references", "cut a corpus into references: the knowledge base"),
@@ -41,6 +42,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         _job("pretrain", "launch.pretrain", "train: the warmup stage, or continual train with memory"),
     ),
     "Memory": (
+        _job("memory rank-layers", "launch.rank_layers", "which layers and heads read memories with the most gain"),
         _job("bank build", "launch.build_bank", "write the memory bank of a checkpoint (run it under mpiexec)"),
         _job("bank inspect", "launch.inspect_bank", "show what a bank holds, or one reference's memory"),
         _job("bank verify", "launch.verify_bank", "check every checksum of a bank"),
@@ -50,6 +52,9 @@ JOBS: dict[str, tuple[Job, ...]] = {
     ),
     "Conversion": (
         _job("convert from-hf", "ckpt_convert.from_hf", "a Hugging Face folder or a GGUF file to a checkpoint"),
+        _job("convert to-hf", "ckpt_convert.to_hf", "a checkpoint to a folder that transformers loads"),
+        _job("convert reshard", "ckpt_convert.reshard", "a checkpoint's weights, one file for each rank of a layout"),
+        _job("convert verify", "ckpt_convert.verify", "whether two models are the same, and whether a fault is seen"),
     ),
     "Evaluation": (
         _job("score", "launch.score", "loss of targets without memory, with, with another's, with the text"),

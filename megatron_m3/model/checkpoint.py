@@ -210,17 +210,19 @@ def check_same_model(folder: Path, config: Config) -> None:
             raise ConfigError(f"model.{name}={value}: the checkpoint {folder} has {stored.get(name)}; make them equal")
 
 
-def load_model(folder: Path, *, tensor: int = 1, dtype: Literal["fp32", "bf16"] | None = None) -> LoadedModel:
+def load_model(folder: Path, *, tensor: int = 1, pipeline: int = 1,
+               dtype: Literal["fp32", "bf16"] | None = None) -> LoadedModel:
     """Read a model for inference on ``tensor`` processes, whatever layout it was trained with.
 
     Args:
         folder: one checkpoint (``step_0000100``), or a run's folder, whose newest one is taken.
         tensor: tensor-parallel processes; the world is joined if it has not been.
+        pipeline: pipeline stages; with more than one, the model is this process's stage.
         dtype: fp32 or bf16; by default what it was trained with.
 
     Raises:
         ArtifactError: no checkpoint there, or a damaged one.
-        ConfigError: ``tensor`` does not divide the model.
+        ConfigError: ``tensor`` or ``pipeline`` does not divide the model.
     """
     from megatron_m3.platform import select
 
@@ -233,7 +235,8 @@ def load_model(folder: Path, *, tensor: int = 1, dtype: Literal["fp32", "bf16"] 
 
     folder = (list_checkpoints(Path(folder)) or [Path(folder)])[-1]
     settings = read_checkpoint(folder).settings
-    config = replace(from_dict(Config, settings["config"]), parallel=ParallelConfig(tensor=tensor))
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    config = replace(from_dict(Config, settings["config"]), parallel=parallel)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     if not parallel_state.model_parallel_is_initialized():
         initialize_parallel(config.parallel, config.training.seed)
@@ -243,5 +246,6 @@ def load_model(folder: Path, *, tensor: int = 1, dtype: Literal["fp32", "bf16"] 
         config = replace(config, training=replace(config.training, dtype=dtype))
         model = model.to(DTYPES[dtype])
         model.config.params_dtype, model.config.bf16 = DTYPES[dtype], dtype == "bf16"
+        model.config.pipeline_dtype = DTYPES[dtype]
     return LoadedModel(model=model.eval(), config=config, tokenizer=tokenizer, weights_hash=fingerprint,
                        prefix_ids=tokenizer.prefix_ids(config.memory.prefix))

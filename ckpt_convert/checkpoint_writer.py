@@ -1,18 +1,18 @@
-"""Our checkpoints without the model: global tensors read region by region, written piece by piece.
+"""Checkpoints written piece by piece, without building the model.
 
-The files are those of torch.distributed.checkpoint, as megatron-core's dist_checkpointing writes and reads them.
+The files are those that megatron-core's dist_checkpointing writes, so they load at any layout.
 """
 
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -25,15 +25,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _create_file_view
 
-from ckpt_convert.families import family_of
-from ckpt_convert.mapping import OurTensor, extra_states, our_tensors, places
-from ckpt_convert.sources import Source
-from megatron_m3.config import Config, from_dict, to_dict
+from ckpt_convert.mapping import OurTensor, extra_states
+from megatron_m3.config import Config, to_dict
 from megatron_m3.errors import ArtifactError, M3Error
-from megatron_m3.manifest import Manifest, atomic_folder, check_files, hash_file, write_manifest
-from megatron_m3.model.checkpoint import KIND, SCHEMA, checkpoint_folder, list_checkpoints, read_checkpoint
+from megatron_m3.manifest import Manifest, atomic_folder, hash_file, write_manifest
+from megatron_m3.model.checkpoint import KIND, SCHEMA, checkpoint_folder
 from megatron_m3.model.weights_hash import WeightSums
 
 if TYPE_CHECKING:
@@ -41,98 +38,9 @@ if TYPE_CHECKING:
 
 COMMON_STATE = "common_state/shard_0_1"
 BACKEND = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
-
-
-class CheckpointSource(Source):
-    """One of our checkpoints, whatever layout wrote it."""
-
-    def __init__(self, path: Path) -> None:
-        """Open the checkpoint ``path``, or the newest one of the run ``path``, checking all checksums.
-
-        Raises:
-            ArtifactError: no checkpoint, or a damaged one.
-        """
-        self.path = (list_checkpoints(path) or [path])[-1]
-        self.manifest = read_checkpoint(self.path)
-        check_files(self.path, self.manifest, checksums=True, mend="take another checkpoint")
-        self.config = from_dict(Config, self.manifest.settings["config"])
-        self.model = self.config.model
-        self.family = str(self.manifest.info.get("family") or family_of(self.model))
-        self.metadata = FileSystemReader(self.path).read_metadata()
-        self.places = places(self.model)
-        self.chunks: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
-        for tensor in our_tensors(self.model):
-            stored = self.metadata.state_dict_metadata.get(tensor.key)
-            if not isinstance(stored, TensorStorageMetadata) or tuple(stored.size) != tensor.global_shape:
-                raise ArtifactError(f"{self.path}: {tensor.key} is not there in the shape {tensor.global_shape} that "
-                                    "the config asks for; take another checkpoint")
-            self.dtype = stored.properties.dtype
-            self.chunks[tensor.key] = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in stored.chunks]
-
-    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """See :class:`Source`."""
-        out: torch.Tensor | None = None
-        for tensor, part in self.places[name]:
-            begin, end = max(first, part.their_start), min(last, part.their_start + part.rows)
-            if begin < end:
-                start = part.start + begin - part.their_start
-                found = self.region(tensor, (start, *[0] * (len(tensor.shape) - 1)),
-                                    (end - begin, *tensor.shape[1:]))
-                if end - begin == last - first:
-                    return found
-                if out is None:
-                    out = torch.empty((last - first, *tensor.shape[1:]), dtype=self.dtype)
-                out[begin - first : end - first] = found
-        assert out is not None, name
-        return out
-
-    def region(self, tensor: OurTensor, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-        """The block of ``size`` at ``start`` of one of our tensors, put together from what the files hold of it."""
-        first, length = tensor.offset(*start), (*[1] * (tensor.layer is not None), *size)
-        out = torch.empty(length, dtype=self.dtype)
-        missing = out.numel()
-        for offset, extent in self.chunks[tensor.key]:
-            begin = [max(a, b) for a, b in zip(first, offset, strict=True)]
-            end = [min(a + n, b + m) for a, n, b, m in zip(first, length, offset, extent, strict=True)]
-            if all(a < b for a, b in zip(begin, end, strict=True)):
-                inside = [slice(a - b, c - b) for a, b, c in zip(begin, offset, end, strict=True)]
-                target = [slice(a - b, c - b) for a, b, c in zip(begin, first, end, strict=True)]
-                part = self._read(tensor.key, offset, extent, inside)
-                out[tuple(target)] = part
-                missing -= part.numel()
-        if missing:
-            raise ArtifactError(f"{self.path}: {tensor.key} lacks {missing:,} numbers; take another checkpoint")
-        return out[0] if tensor.layer is not None else out
-
-    def _read(self, key: str, offset: tuple[int, ...], extent: tuple[int, ...], inside: list[slice]) -> torch.Tensor:
-        """A block of one stored piece; only the rows that it touches are read."""
-        where = self.metadata.storage_data[MetadataIndex(key, torch.Size(offset))]
-        # all axes before the last two are one
-        rows = 1 if len(extent) == 1 else extent[-2]
-        lead, row = (slice(0, 1), slice(0, 1)) if len(extent) == 1 else (
-            inside[0] if len(extent) == 3 else slice(0, 1), inside[-2])
-        assert lead.stop - lead.start == 1, "pieces are read one layer at a time"
-        row_numbers = extent[-1]
-        first = (lead.start * rows + row.start) * row_numbers
-        count = (row.stop - row.start) * row_numbers
-        with (self.path / where.relative_path).open("rb") as stream:
-            begin = where.offset + _data_offset(_create_file_view(stream, where.offset, where.length))
-            stream.seek(begin + first * self.dtype.itemsize)
-            data = bytearray(count * self.dtype.itemsize)
-            if stream.readinto(data) != len(data):
-                raise ArtifactError(f"{self.path / where.relative_path}: cut short; take another checkpoint")
-        block = torch.frombuffer(data, dtype=self.dtype).view(-1, row_numbers)[:, inside[-1]]
-        return block.reshape([one.stop - one.start for one in inside])
-
-
-def _data_offset(view: Any) -> int:
-    """Where a tensor's numbers begin in what torch.save wrote of it."""
-    described = torch.load(view, map_location="meta", weights_only=True)
-    assert described.is_contiguous(), "pieces are stored contiguously"
-    assert described.storage_offset() == 0, "pieces are stored in storages of their own"
-    view.seek(0)
-    reader: Any = torch._C.PyTorchFileReader(view)
-    return int(reader.get_record_offset("data/0"))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PIECE_BYTES = 64 << 20
+"""Larger tensors are stored in several pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +63,14 @@ class Piece:
     def sizes(self) -> torch.Size:
         """Its shape in the checkpoint's tensor."""
         return torch.Size((*[1] * (self.tensor.layer is not None), *self.size))
+
+
+def cut(tensor: OurTensor, start: Sequence[int], size: Sequence[int], file: str) -> Iterator[Piece]:
+    """A block of a tensor as pieces of at most :data:`PIECE_BYTES`."""
+    step = max(1, PIECE_BYTES // (4 * (size[1] if len(size) > 1 else 1)))
+    for first in range(0, size[0], step):
+        yield Piece(tensor=tensor, start=(start[0] + first, *start[1:]),
+                    size=(min(step, size[0] - first), *size[1:]), file=file)
 
 
 class _Writer(FileSystemWriter):
@@ -189,9 +105,9 @@ def write_checkpoint(output: Path, config: Config, pieces: Sequence[Piece], make
     """
     refuse_output(output)
     folder = checkpoint_folder(output, step)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.training.dtype]
+    dtype = DTYPES[config.training.dtype]
     with atomic_folder(folder) as temporary:
-        _check_space(temporary, sum(piece.sizes.numel() for piece in pieces) * dtype.itemsize)
+        check_space(temporary, sum(piece.sizes.numel() for piece in pieces) * dtype.itemsize)
         tokenizer = save_tokenizer(temporary / "tokenizer")
         try:
             fingerprint = _write_pieces(temporary, config.model.num_layers, dtype, pieces, make)
@@ -218,7 +134,8 @@ def refuse_output(output: Path) -> None:
         raise ArtifactError(f"{output}: exists already; remove it or choose another folder")
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold."""
     stat = os.statvfs(folder)
     if needed > stat.f_bavail * stat.f_frsize:
         raise M3Error(f"{folder.parent}: {needed:,} bytes needed, {stat.f_bavail * stat.f_frsize:,} free; "
@@ -262,7 +179,7 @@ def _tensor_item(piece: Piece, dtype: torch.dtype) -> WriteItem:
     )
 
 
-def _empty_states(num_layers: int) -> Iterable[str]:
+def _empty_states(num_layers: int) -> Iterator[str]:
     yield COMMON_STATE
     yield from extra_states(num_layers)
 
