@@ -14,13 +14,14 @@ tokens are left over. Documents have equal lengths, so no training sequence of a
 import json
 import random
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_tools.documents import show_counts
-from data_tools.heldout import Mentions, clear_entries, phrase
+from data_tools.heldout import BESIDE, Mentions, choose_heldout, phrase, score_lines
+from data_tools.packing import Costs, Reference, count_tokens, pack
 from data_tools.wordnet import CORPUS, KIND, SCHEMA, Entry, hash_order, load_entries
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, DataError, exit_on_user_error
@@ -31,18 +32,12 @@ if TYPE_CHECKING:
 
 ORDERS = ("hash", "alphabet", "related")
 LONG, SHORT, NONE = "L", "S", "-"
-LOOK_AHEAD = 16
-"""Entries that a reference is filled from."""
 TRIES = 12
 """Choices of lines for a document, of which the fullest is taken."""
 FILLING = 64
 """Entries that go once more with those that were never asked, so that these fill whole documents."""
 NEW_LINE_WORTH = 10
 """Tokens left over that an entry never asked before is worth."""
-HELDOUT_ENTRIES = range(5, 8)
-"""Entries in a held-out long reference."""
-BESIDE = 4
-"""Other long references beside the right one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +48,8 @@ class Options:
     """Folder of the tokenizer that counts the tokens."""
     output: str
     """Folder to write; it must not exist, or be empty."""
+    entries: tuple[str, ...] = ()
+    """Files of more entries to teach, {"id", "word", "gloss"} a line, such as `m3 data plain-text` makes."""
     documents: tuple[str, ...] = ("LSLS", "LLSS", "LLLS")
     """Kinds of document, taken in turn: for each chunk a long reference (L), a short one (S) or none (-)."""
     orders: tuple[str, ...] = ORDERS
@@ -90,58 +87,6 @@ class Options:
     def document_tokens(self) -> int:
         """Most tokens in a document, EOS included."""
         return len(self.documents[0]) * self.chunk_length
-
-
-class Costs(NamedTuple):
-    """Tokens of an entry's line, line end included."""
-
-    stated: int
-    """In a reference."""
-    asked: int
-    """In a document."""
-
-
-class Reference(NamedTuple):
-    """A piece of the knowledge base."""
-
-    id: str
-    entries: tuple[Entry, ...]
-
-    @property
-    def text(self) -> str:
-        """One line for each entry."""
-        return "\n".join(entry.line for entry in self.entries)
-
-
-def count_tokens(entries: Sequence[Entry], tokenizer: "Tokenizer") -> dict[str, Costs]:
-    """What each entry costs, by its id."""
-    stated = tokenizer.encode_batch([f"{entry.line}\n" for entry in entries])
-    asked = tokenizer.encode_batch([f"{entry.sentence}\n" for entry in entries])
-    return {one.id: Costs(len(a), len(b)) for one, a, b in zip(entries, stated, asked, strict=True)}
-
-
-def pack(entries: Iterable[Entry], costs: dict[str, Costs], options: Options) -> Iterator[tuple[Entry, ...]]:
-    """The entries in about their order, no word twice together, in groups that fill a long reference.
-
-    The last entries, which fill none, are left out.
-    """
-    waiting = deque(entries)
-    while waiting:
-        group: list[Entry] = []
-        later: list[Entry] = []
-        tokens = -1  # the last line has no line end
-        while waiting and len(later) < LOOK_AHEAD and tokens < options.shortest_reference:
-            entry = waiting.popleft()
-            grown = tokens + costs[entry.id].stated
-            words = {one.word.casefold() for one in group}
-            if grown <= options.reference_length and entry.word.casefold() not in words:
-                group.append(entry)
-                tokens = grown
-            else:
-                later.append(entry)
-        waiting.extendleft(reversed(later))
-        if tokens >= options.shortest_reference:
-            yield tuple(group)
 
 
 class Question(NamedTuple):
@@ -204,7 +149,8 @@ class Lessons:
         return [*entries]
 
     def _pass(self, name: str, entries: Sequence[Entry]) -> None:
-        groups = list(pack(entries, self.costs, self.options))
+        limits = self.options.shortest_reference, self.options.reference_length
+        groups = list(pack(entries, self.costs, *limits))
         self._draw.shuffle(groups)
         self._longs.extend(Reference(f"{name} {group[0].id}", group) for group in groups)
         kinds = self.options.documents
@@ -248,39 +194,6 @@ class Lessons:
         return tokens <= self.options.document_tokens - self.options.chunk_length
 
 
-def choose_heldout(entries: Sequence[Entry], costs: dict[str, Costs], options: Options) -> list[tuple[Entry, ...]]:
-    """Entries to hold out, as they stand together in long references.
-
-    Raises:
-        ConfigError: fewer can be than are wanted.
-    """
-    wanted = options.heldout + options.calibration
-    clear = sorted(clear_entries(entries), key=lambda entry: hash_order(entry, f"{options.seed} held out"))
-    groups = [
-        group
-        for group in pack(clear[: 16 * wanted], costs, options)
-        if len(group) in HELDOUT_ENTRIES
-    ][:wanted]
-    if len(groups) < wanted:
-        raise ConfigError(f"heldout={options.heldout}: only {len(groups)} can be; ask for fewer")
-    return groups
-
-
-def score_lines(groups: Sequence[tuple[Entry, ...]]) -> dict[str, list[dict[str, Any]]]:
-    """Lines to score, one for each group, with short, long and five references."""
-    texts = [Reference("", group).text for group in groups]
-    lines: dict[str, list[dict[str, Any]]] = {"short": [], "long": [], "five": []}
-    for number, group in enumerate(groups):
-        entry = min(group, key=lambda entry: hash_order(entry, "asked"))
-        others = [texts[(number + step) % len(texts)] for step in range(1, BESIDE + 1)]
-        others.insert(number % (BESIDE + 1), texts[number])
-        line = {"id": entry.id, "context": entry.opening, "target": f" {entry.gloss}"}
-        lines["short"].append(line | {"references": [entry.line]})
-        lines["long"].append(line | {"references": [texts[number]]})
-        lines["five"].append(line | {"references": others})
-    return lines
-
-
 def check_tokens(texts: Sequence[str], most: int, tokenizer: "Tokenizer") -> int:
     """The tokens of all texts.
 
@@ -293,15 +206,39 @@ def check_tokens(texts: Sequence[str], most: int, tokenizer: "Tokenizer") -> int
     return sum(lengths)
 
 
+def read_entries(files: Sequence[str], longest_gloss: int) -> list[Entry]:
+    """The entries of JSONL files whose gloss has at most ``longest_gloss`` characters.
+
+    Raises:
+        DataError: names the file that does not hold such lines.
+    """
+    entries = []
+    for name in files:
+        try:
+            rows = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
+            entries += [Entry(row["id"], row["word"], row["gloss"], name) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{name}: not lines with id, word and gloss ({error}); mend it") from None
+    return [entry for entry in entries if len(entry.gloss) <= longest_gloss]
+
+
 def make_texts(
-    entries: Sequence[Entry], tokenizer: "Tokenizer", options: Options
+    entries: Sequence[Entry], more: Sequence[Entry], tokenizer: "Tokenizer", options: Options
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
-    """The lines of each file, and counts."""
-    costs = count_tokens(entries, tokenizer)
+    """The lines of each file, and counts; entries are held out of ``entries``, and what says them of ``more``."""
+    costs = count_tokens([*entries, *more], tokenizer)
     fitting = [entry for entry in entries if costs[entry.id].stated <= options.reference_length]
-    groups = choose_heldout(fitting, costs, options)
+    limits = options.shortest_reference, options.reference_length
+    groups = choose_heldout(fitting, costs, options.heldout + options.calibration, options.seed, *limits)
     left_out = Mentions(phrase(entry.word) for group in groups for entry in group)
-    taught = [entry for entry in fitting if not left_out.find_entry(entry)]
+    glosses = {phrase(entry.gloss) for group in groups for entry in group}
+    taught = [
+        entry
+        for entry in (*fitting, *more)
+        if costs[entry.id].stated <= options.reference_length
+        and phrase(entry.gloss) not in glosses
+        and not left_out.find_entry(entry)
+    ]
     lessons = Lessons(taught, costs, options)
     lessons.teach()
     references = list(lessons.references.values())
@@ -331,13 +268,16 @@ def run(options: Options, corpus: Path = CORPUS) -> None:
     from megatron_m3.tokenizer import Tokenizer
 
     output, tokenizer = Path(options.output), Tokenizer.load(options.tokenizer)
-    inputs = {"corpus": hash_file(corpus / "entries.jsonl.gz")["sha256"], "tokenizer": tokenizer.hash}
-    left = ("output", "tokenizer")
+    more = read_entries(options.entries, options.longest_gloss)
+    inputs = {"corpus": hash_file(corpus / "entries.jsonl.gz")["sha256"], "tokenizer": tokenizer.hash} | {
+        f"entries {place}": hash_file(Path(name))["sha256"] for place, name in enumerate(options.entries)
+    }
+    left = ("output", "tokenizer", "entries")
     settings = {name: value for name, value in json.loads(json.dumps(asdict(options))).items() if name not in left}
     if is_finished(output, KIND, SCHEMA, inputs, settings):
         print(f"{output}: made already")
         return
-    texts, counts = make_texts(load_entries(corpus, options.longest_gloss), tokenizer, options)
+    texts, counts = make_texts(load_entries(corpus, options.longest_gloss), more, tokenizer, options)
     with atomic_folder(output) as folder:
         for name, lines in texts.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
