@@ -45,10 +45,13 @@ class GatedReading:
     """Losses of one set of questions for any choice of memory heads; the model is whole on this process."""
 
     def __init__(
-        self, loaded: LoadedModel, examples: Sequence[Example], *, batch_tokens: int = 4096,
+        self, loaded: LoadedModel, examples: Sequence[Example], *, batch_tokens: int = 512,
         done: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """Encode the references in every layer; ``done(n)`` is told of every n examples whose references are."""
+        """Encode the references in every layer; ``done(n)`` is told of every n examples whose references are.
+
+        ``batch_tokens`` bounds the tokens of the questions in a pass; few, so that they are of nearly equal length.
+        """
         config = replace_fields(loaded.config, {"memory.layers": "all"})
         self.loaded, self.config = replace(loaded, config=config), config
         self.device = next(loaded.model.parameters()).device
@@ -56,7 +59,7 @@ class GatedReading:
         self.num_tokens = sum(len(one.target) for one in examples)
         self.settled = torch.zeros(config.model.num_layers, config.model.num_kv_heads, dtype=torch.bool)
         self.batches: list[_Batch] = []
-        costs = [sum(map(len, [one.context, one.target, *one.references])) for one in examples]
+        costs = [len(loaded.prefix_ids) + len(one.context) + len(one.target) for one in examples]
         with torch.inference_mode():
             for places in batches(costs, batch_tokens):
                 self.batches.append(self._prepare([examples[place] for place in places]))

@@ -55,7 +55,7 @@ class Ranking:
             heads_LG[unit] = True
         return heads_LG
 
-    def choose(self, target: int, *, rounds: int = 3) -> Choice:
+    def choose(self, target: int, *, rounds: int = 1) -> Choice:
         """The best ``target`` units found."""
         chosen, path = set(self.units), []
         while True:
@@ -66,20 +66,18 @@ class Ranking:
             without = self._without(chosen)
             ranked = sorted(chosen, key=lambda unit: (without[unit], unit))
             chosen -= set(ranked[: self._dropped(len(chosen), target)])
+        saves = self._saves(chosen, loss)
         for _ in range(rounds):
-            saves = self._saves(chosen, loss)
             better = self._exchange(chosen, loss, saves)
             if better is None:
                 break
             chosen, loss = better
-        else:
-            self._settle(chosen)
             saves = self._saves(chosen, loss)
         return Choice(units=sorted(chosen), loss=loss, saves=saves, path=path)
 
     def planned_passes(self, target: int) -> int:
-        """About how many passes :meth:`choose` takes."""
-        count, passes = len(self.units), len(self.units) + TRIED**2
+        """How many passes :meth:`choose` takes at most, with one round of exchanges."""
+        count, passes = len(self.units), 2 * len(self.units) + TRIED**2 + 1
         while count > target:
             passes += 1 + count
             count -= self._dropped(count, target)

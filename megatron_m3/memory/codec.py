@@ -129,6 +129,15 @@ def check_codec(name: str, head_size: int) -> None:
         make_index(name, head_size)
 
 
+def code_bytes(name: str, head_size: int) -> int:
+    """Bytes of one key or value with the codec ``name``: none (bf16 numbers) or a FAISS factory string.
+
+    Raises:
+        ConfigError: there is no such codec.
+    """
+    return 2 * head_size if name == "none" else int(make_index(name, head_size).sa_code_size())
+
+
 def train_codec(
     name: str, sample: ExplicitMemories, *, dtype: Literal["fp32", "bf16"] = "fp32", shared: bool = False
 ) -> Codec:

@@ -17,6 +17,11 @@ import torch
 from torch import Tensor
 
 
+def record_bytes(num_heads: int, num_lists: int, num_kept_tokens: int, code_bytes: int) -> int:
+    """Bytes of a record in which ``num_lists`` pairs of a layer and a head, all heads together, hold kept tokens."""
+    return num_lists * num_kept_tokens * (2 * code_bytes + 2) + 4 * num_heads + 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecordLayout:
     """Shape of the records of one bank."""
