@@ -73,10 +73,7 @@ def convert(options: FromOptions) -> dict[str, str | int]:
     found: list[Tokenizer] = []
 
     def save_tokenizer(folder: Path) -> Tokenizer:
-        found.append(source_tokenizer(path, folder))
-        if found[0].vocab_size > source.model.vocab_size:
-            raise ConfigError(f"{path}: the tokenizer has {found[0].vocab_size} tokens, the model "
-                              f"{source.model.vocab_size}; take a model whose files belong together")
+        found.append(source_tokenizer(path, source.model.vocab_size, folder))
         return found[0]
 
     files = sorted({tensor.path for tensor in source.tensors.values()} | set(path.glob("config.json")))

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ckpt_convert.checkpoint_source import CheckpointSource
+from ckpt_convert.families import write_config
 from ckpt_convert.sources import Source, open_model
 from megatron_m3.errors import ConfigError
 from megatron_m3.platform import select
@@ -72,9 +73,14 @@ class TheirSide(Side):
             self.place |= {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         self.model: Any = None
         if is_first():
-            from transformers import AutoModelForCausalLM
+            from transformers import AutoConfig, AutoModelForCausalLM
 
-            self.model = AutoModelForCausalLM.from_pretrained(**self.place, dtype=torch.float32).eval()
+            known = {}
+            if path.is_file():
+                # of a GGUF file transformers overlooks the head size of Qwen3 and the RoPE scaling of Llama 3
+                fields = write_config(source.model, source.family, "float32", source.model.max_positions, {})
+                known["config"] = AutoConfig.for_model(**fields)
+            self.model = AutoModelForCausalLM.from_pretrained(**self.place, **known, dtype=torch.float32).eval()
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert.sources import read_json
-from megatron_m3.errors import ArtifactError, UnsupportedError
+from megatron_m3.errors import ArtifactError, ConfigError, UnsupportedError
 from megatron_m3.manifest import Manifest, atomic_folder, hash_file, write_manifest
 from megatron_m3.tokenizer import Tokenizer
 from megatron_m3.tokenizer.tokenizer import FILE, KIND, SCHEMA
@@ -78,17 +78,33 @@ def check_tokenizer(path: Path) -> None:
         raise UnsupportedError(f"{path}: {FILE} is missing; save the tokenizer with transformers' save_pretrained")
 
 
-def source_tokenizer(path: Path, output: Path) -> Tokenizer:
-    """Make our artifact ``output`` from the tokenizer of a Hugging Face folder or of a GGUF file."""
-    if path.is_dir():
-        return adopt_tokenizer(path, output)
+def source_tokenizer(path: Path, vocab_size: int, output: Path) -> Tokenizer:
+    """Make our artifact ``output`` from the tokenizer of a Hugging Face folder or of a GGUF file.
+
+    Raises:
+        ConfigError: it has more than the ``vocab_size`` tokens of the model.
+    """
+    tokenizer = adopt_tokenizer(path, output) if path.is_dir() else _gguf_tokenizer(path, vocab_size, output)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}; "
+                          "take a model whose files belong together")
+    return tokenizer
+
+
+def _gguf_tokenizer(path: Path, vocab_size: int, output: Path) -> Tokenizer:
+    """Our artifact from what transformers makes of a GGUF file's tokenizer."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
         tokenizer.save_pretrained(folder)
+        # transformers adds its class's own special tokens where the file has none
+        backend = read_json(Path(folder) / FILE)
+        added = [token["content"] for token in backend["added_tokens"] if token["id"] >= vocab_size]
+        backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] not in added]
+        (Path(folder) / FILE).write_text(json.dumps(backend, ensure_ascii=False), encoding="utf-8")
         named = read_json(Path(folder) / CONFIG)
-        kept = {name: value for name, value in named.items() if name.endswith("_token")}
+        kept = {name: value for name, value in named.items() if name.endswith("_token") and value not in added}
         (Path(folder) / CONFIG).write_text(json.dumps(kept | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
         return adopt_tokenizer(Path(folder), output)
 
