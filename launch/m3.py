@@ -43,6 +43,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
     ),
     "Memory": (
         _job("memory rank-layers", "launch.rank_layers", "which layers and heads read memories with the most gain"),
+        _job("memory frontier", "launch.frontier", "loss against bytes per reference, for many memory settings"),
         _job("bank build", "launch.build_bank", "write the memory bank of a checkpoint (run it under mpiexec)"),
         _job("bank inspect", "launch.inspect_bank", "show what a bank holds, or one reference's memory"),
         _job("bank verify", "launch.verify_bank", "check every checksum of a bank"),

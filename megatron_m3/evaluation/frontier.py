@@ -1,0 +1,227 @@
+"""Loss against bytes per reference: the same lines scored in many ways, block by block into a file that grows.
+
+A *point* is one way to give a model the references: as explicit memory with some settings and a codec, as another
+line's memory, as text, or not at all. A *block* is some consecutive lines of the input. The references of a batch are
+encoded once for all points.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_m3.config import Config, replace_fields
+from megatron_m3.errors import ConfigError, DataError
+from megatron_m3.evaluation.examples import Example, exchange_references
+from megatron_m3.evaluation.scoring import Mode, Scorer, distinct_references, encode_texts
+from megatron_m3.memory import ExplicitMemories
+from megatron_m3.memory.record import record_bytes
+from megatron_m3.model.checkpoint import LoadedModel
+
+BLOCK_LINES = 50
+"""Lines in a block: what an interrupted run may lose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One way to give the references."""
+
+    mode: Mode
+    codec: str
+    memory: tuple[tuple[str, str], ...]
+    """Fields of the config's memory section, by name."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """A point from ``none``, ``text`` or settings such as ``layers=8-24,tokens=8,codec=PQ16x8,mode=shuffled``.
+
+        Raises:
+            ConfigError: not settings.
+        """
+        if text in ("none", "text"):
+            return cls(mode=text, codec="none", memory=())  # type: ignore[arg-type]
+        parts = re.split(r",(?=[a-z_]+=)", text)
+        fields = dict(part.split("=", 1) for part in parts if "=" in part)
+        if len(fields) != len(parts):
+            raise ConfigError(f"points: {text} is neither none, text nor settings; write layers=8-24,tokens=8")
+        mode: Any = fields.pop("mode", "explicit")
+        if mode not in ("explicit", "shuffled"):
+            raise ConfigError(f"points: mode={mode}: choose explicit or shuffled; none and text stand alone")
+        return cls(mode=mode, codec=fields.pop("codec", "none"), memory=tuple(sorted(fields.items())))
+
+    @property
+    def name(self) -> str:
+        """The point as :meth:`parse` takes it, in one order."""
+        if self.mode in ("none", "text"):
+            return self.mode
+        extra = [("codec", self.codec)] * (self.codec != "none") + [("mode", self.mode)] * (self.mode == "shuffled")
+        return ",".join(f"{name}={value}" for name, value in (*self.memory, *extra)) or "checkpoint"
+
+    def config(self, config: Config) -> Config:
+        """A checkpoint's config with this point's memory settings."""
+        return replace_fields(config, {f"memory.{name}": value for name, value in self.memory})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Bytes of one reference's memory."""
+
+    key_values: int
+    """Codes of its keys and values alone."""
+    record: int
+    """Its record in a bank."""
+
+    @classmethod
+    def of(cls, config: Config, code_bytes: int) -> Self:
+        """With ``code_bytes`` for a key or value, for a full reference."""
+        lists, kept = len(config.memory_layers) * config.model.num_kv_heads, config.memory.num_kept_tokens
+        return cls(key_values=lists * 2 * kept * code_bytes,
+                   record=record_bytes(config.model.num_kv_heads, lists, kept, code_bytes))
+
+
+class ResultFile:
+    """JSON lines, one for each point and block of a checkpoint and an input; lines are only ever added."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        raw = path.read_bytes() if path.exists() else b""
+        whole, _, torn = raw.rpartition(b"\n")
+        for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
+            try:
+                row = json.loads(line)
+                self.rows[row["key"]] = row
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f"{path}, line {number}: not a result of m3 memory frontier; name another") from None
+        if torn:  # a run was killed while it wrote its last line
+            with path.open("r+b") as stream:
+                stream.truncate(len(raw) - len(torn))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one row and keep it on disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        self.rows[row["key"]] = row
+
+
+class Frontier:
+    """The points of one checkpoint on one input."""
+
+    def __init__(
+        self, loaded: LoadedModel, points: Sequence[Point], examples: Sequence[Example],
+        calibration: Sequence[Example], *, seed: int, identity: Sequence[str], label: str,
+    ) -> None:
+        """``calibration`` holds the references that codecs are trained on; ``identity`` names checkpoint and inputs."""
+        self.loaded, self.points, self.seed, self.label = loaded, points, seed, label
+        self.identity, self.calibration = identity, calibration
+        self.examples: dict[str, Sequence[Example]] = {"explicit": examples}
+        if any(point.mode == "shuffled" for point in points):
+            self.examples["shuffled"] = exchange_references(examples, seed)
+        self.scorers = {
+            point: Scorer(replace(loaded, config=point.config(loaded.config)), point.mode) for point in points
+        }
+        self.trained: set[Point] = set()
+
+    def blocks(self) -> list[range]:
+        """Places of the lines of each block."""
+        count = len(self.examples["explicit"])
+        return [range(first, min(first + BLOCK_LINES, count)) for first in range(0, count, BLOCK_LINES)]
+
+    def key(self, point: Point, block: range) -> str:
+        """What names a row: checkpoint, inputs, settings and lines."""
+        memory = json.dumps(asdict(self.scorers[point].config.memory), sort_keys=True)
+        settings = hashlib.sha256(f"{memory} {self.seed}".encode()).hexdigest()[:16]
+        return " ".join([*self.identity, settings, point.name, f"{block.start}-{block.stop}"])
+
+    def missing(self, results: ResultFile) -> list[tuple[range, list[Point]]]:
+        """Blocks with the points that they lack."""
+        lacking = [(block, [point for point in self.points if self.key(point, block) not in results.rows])
+                   for block in self.blocks()]
+        return [(block, points) for block, points in lacking if points]
+
+    def run(self, results: ResultFile, done: Callable[[int], None]) -> None:
+        """Score what is missing; ``done(n)`` is told of every n lines that a point has finished."""
+        for block, points in self.missing(results):
+            for mode in ("explicit", "shuffled"):
+                some = [point for point in points if (point.mode == "shuffled") == (mode == "shuffled")]
+                if some:
+                    self._run_block([self.examples[mode][place] for place in block], some, block, results, done)
+
+    def _run_block(
+        self, examples: Sequence[Example], points: Sequence[Point], block: range, results: ResultFile,
+        done: Callable[[int], None],
+    ) -> None:
+        """Score some lines in every one of ``points``, which read the same references."""
+        for point in points:
+            self._train_codec(point)
+        sums: dict[Point, dict[int, float]] = {point: {} for point in points}
+        readers = [point for point in points if self.scorers[point].reads_memories]
+        if readers:
+            for places in self.scorers[readers[0]].batches(examples):
+                batch = [examples[place] for place in places]
+                for point, memories in zip(readers, self._encode(batch, readers), strict=True):
+                    scores = self.scorers[point].score_batch(batch, memories)
+                    sums[point].update(zip(places, [score.nll for score in scores], strict=True))
+                    done(len(batch))
+        for point in points:
+            if point not in readers:
+                scores = self.scorers[point].score(examples, done)
+                sums[point].update(enumerate(score.nll for score in scores))
+            results.add(self._row(point, block, [sums[point][place] for place in range(len(examples))], examples))
+
+    def _encode(self, batch: Sequence[Example], points: Iterable[Point]) -> list[ExplicitMemories]:
+        """Memories of a batch for each point, encoded once; points with the same settings share them."""
+        configs = {point.memory: self.scorers[point].config for point in points}
+        variants = encode_texts(self.loaded, distinct_references(batch), list(configs.values()))
+        by_settings = dict(zip(configs, variants, strict=True))
+        return [by_settings[point.memory] for point in points]
+
+    def _train_codec(self, point: Point) -> None:
+        if point.codec != "none" and point not in self.trained:
+            self.scorers[point].train_codec(point.codec, self.calibration, self.seed)
+            self.trained.add(point)
+
+    def _row(self, point: Point, block: range, nll: list[float], examples: Sequence[Example]) -> dict[str, Any]:
+        scorer = self.scorers[point]
+        size = None
+        if scorer.reads_memories:
+            code = scorer.codec.code_bytes if scorer.codec else 2 * scorer.config.model.head_size
+            size = asdict(Bytes.of(scorer.config, code))
+        return {"key": self.key(point, block), "checkpoint": self.label, "point": point.name, "mode": point.mode,
+                "bytes": size, "nll": [round(one, 5) for one in nll], "tokens": [len(one.target) for one in examples]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointResult:
+    """The loss of one point over all lines."""
+
+    checkpoint: str
+    point: str
+    mode: str
+    key_value_bytes: int | None
+    record_bytes: int | None
+    lines: int
+    tokens: int
+    nats_per_token: float
+    standard_error: float
+    """Of nats_per_token over draws of lines."""
+
+
+def collect(frontier: Frontier, results: ResultFile) -> list[PointResult]:
+    """The finished points of a frontier."""
+    found = []
+    for point in frontier.points:
+        rows = [results.rows[frontier.key(point, block)] for block in frontier.blocks()]
+        nll, tokens = ([value for row in rows for value in row[name]] for name in ("nll", "tokens"))
+        loss, size = sum(nll) / sum(tokens), rows[0]["bytes"] or {}
+        spread = sum((one - loss * count) ** 2 for one, count in zip(nll, tokens, strict=True)) ** 0.5
+        found.append(PointResult(
+            checkpoint=frontier.label, point=point.name, mode=point.mode, key_value_bytes=size.get("key_values"),
+            record_bytes=size.get("record"), lines=len(nll), tokens=sum(tokens), nats_per_token=loss,
+            standard_error=spread / sum(tokens),
+        ))  # fmt: skip
+    return found
