@@ -33,6 +33,8 @@ HELDOUT_SHARE = 20
 """One article or page in this many is held out."""
 STRETCH = 64
 """Articles or pages that are joined before they are cut."""
+SLACK = 4
+"""Tokens by which a piece may grow when it is encoded by itself."""
 SHORTEST_GLOSS = 20
 """Characters."""
 
@@ -131,12 +133,12 @@ def make_documents(
 ) -> list[dict[str, Any]]:
     """Documents to train on, each of just under ``document_tokens`` tokens."""
     most = options.document_tokens - 1
-    texts = [text.strip() for text, _ in cut(documents, most, tokenizer)]
+    texts = [text.strip() for text, _ in cut(documents, most - SLACK, tokenizer)]
     lengths = [len(tokens) for tokens in tokenizer.encode_batch(texts)]
     kept = [
         text
         for text, length in zip(texts, lengths, strict=True)
-        if most - 8 <= length <= most and not avoided.find(text)
+        if most - 4 * SLACK <= length <= most and not avoided.find(text)
     ]
     return [{"id": f"{title} {number}", "text": text} for number, text in enumerate(kept)]
 
