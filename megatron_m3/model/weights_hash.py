@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_m3.manifest import hash_json
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 MULTIPLIERS = (-7046029254386353131, -4417276706812531889, -7723592293110705685)
 BIT_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,9 +23,13 @@ def sharding_metadata() -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def sharded_state(models: Sequence[Any]) -> dict[str, Any]:
-    """The sharded state of all model chunks of this process, keyed as dist_checkpointing wants it."""
-    states = [model.sharded_state_dict(metadata=sharding_metadata()) for model in models]
+def sharded_state(models: Sequence[Any], *, by_layer: bool = False) -> dict[str, Any]:
+    """The sharded state of all model chunks of this process, keyed as dist_checkpointing wants it.
+
+    ``by_layer`` gives each layer tensors of its own, where they are else parts of one over all layers.
+    """
+    metadata = sharding_metadata() | {"non_homogeneous_layers": by_layer}
+    states = [model.sharded_state_dict(metadata=metadata) for model in models]
     return {"model": states[0]} if len(states) == 1 else {f"model{index}": part for index, part in enumerate(states)}
 
 
