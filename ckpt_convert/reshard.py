@@ -91,7 +91,7 @@ def laid_out(config: Config, options: ReshardOptions) -> Config:
     """The settings of the new checkpoint; a layout that the model cannot have is refused by the field's name."""
     dtype = config.training.dtype if options.dtype == "auto" else options.dtype
     return replace(config, parallel=ParallelConfig(tensor=options.tensor, pipeline=options.pipeline),
-                   training=replace(config.training, dtype=dtype))
+                   training=replace(config.training, dtype=dtype, frozen_layers=0))
 
 
 def rank_pieces(model: ModelConfig, parallel: ParallelConfig) -> "Iterator[Piece]":

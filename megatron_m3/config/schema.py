@@ -400,16 +400,6 @@ class Config:
 def check_parallel(config: Config) -> None:
     """Refuse a parallel layout that the model cannot have, by the name of the field."""
     parallel, model = config.parallel, config.model
-    if config.training.frozen_layers >= model.num_layers:
-        raise ConfigError(
-            f"training.frozen_layers={config.training.frozen_layers}: the model has {model.num_layers} layers; leave "
-            "some to train"
-        )
-    if parallel.pipeline > 1 and config.training.frozen_layers >= model.num_layers // parallel.pipeline:
-        raise ConfigError(
-            f"training.frozen_layers={config.training.frozen_layers}: must leave the first of {parallel.pipeline} "
-            f"pipeline stages, of {model.num_layers // parallel.pipeline} layers, some to train"
-        )
     if parallel.context != 1:
         raise ConfigError(
             f"parallel.context={parallel.context}: context parallelism is not supported with memory; set it to 1"
@@ -421,6 +411,16 @@ def check_parallel(config: Config) -> None:
         raise ConfigError(
             f"parallel.pipeline={parallel.pipeline} with parallel.interleave={parallel.interleave}: "
             f"their product must divide model.num_layers={model.num_layers}"
+        )
+    if config.training.frozen_layers >= model.num_layers:
+        raise ConfigError(
+            f"training.frozen_layers={config.training.frozen_layers}: the model has {model.num_layers} layers; leave "
+            "some to train"
+        )
+    if parallel.pipeline > 1 and config.training.frozen_layers >= model.num_layers // parallel.pipeline:
+        raise ConfigError(
+            f"training.frozen_layers={config.training.frozen_layers}: must leave the first of {parallel.pipeline} "
+            f"pipeline stages, of {model.num_layers // parallel.pipeline} layers, some to train"
         )
     if parallel.interleave > 1 and parallel.pipeline == 1:
         raise ConfigError(f"parallel.interleave={parallel.interleave}: needs parallel.pipeline of at least 2")

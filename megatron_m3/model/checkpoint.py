@@ -236,7 +236,9 @@ def load_model(folder: Path, *, tensor: int = 1, pipeline: int = 1,
     folder = (list_checkpoints(Path(folder)) or [Path(folder)])[-1]
     settings = read_checkpoint(folder).settings
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
-    config = replace(from_dict(Config, settings["config"]), parallel=parallel)
+    config = from_dict(Config, settings["config"])
+    # nothing is trained here, so stages of frozen layers are as good as others
+    config = replace(config, parallel=parallel, training=replace(config.training, frozen_layers=0))
     tokenizer = Tokenizer.load(folder / "tokenizer")
     if not parallel_state.model_parallel_is_initialized():
         initialize_parallel(config.parallel, config.training.seed)
