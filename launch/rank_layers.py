@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def rank(options: RankOptions) -> dict[str, Any]:
-    """Write and return what each layer and head saves, and the proposal."""
+    """Write and return what each layer and head saves, and the proposal; layers are written before heads are ranked."""
     from megatron_m3.platform import select
 
     select()
@@ -110,20 +110,26 @@ def rank(options: RankOptions) -> dict[str, Any]:
     with Progress("encode", len(examples), "lines") as progress:
         reading = GatedReading(replace(loaded, config=config), examples, done=progress.advance)
     none = reading.loss(reading.settled)
-    layers = _choose(reading, num_layers, options, by_head=False)
-    heads = _choose(reading, num_heads, options, by_head=True) if options.heads else None
-    result = {
+    shape = (config.model.num_layers, config.model.num_kv_heads)
+    result: dict[str, Any] = {
         "weights_hash": loaded.weights_hash, "input_hash": hash_file(Path(options.input))["sha256"],
         "options": asdict(options), "lines": len(examples), "target_tokens": reading.num_tokens,
-        "loss_without_memory": none,
-        "layers": _layer_result(layers, size) | size.of_lists(len(layers.units) * size.num_heads),
-        "heads": _head_result(heads) | size.of_lists(len(heads.units)) if heads else None,
-        "seconds": round(time.perf_counter() - started, 1),
+        "loss_without_memory": none, "heads": None,
     }
-    if options.plot:
-        plot_ranking(Path(options.plot), layers, heads, (config.model.num_layers, config.model.num_kv_heads))
-    with atomic_path(Path(options.output)) as path:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    def write(layers: "Choice", heads: "Choice | None") -> None:
+        result["layers"] = _layer_result(layers, size) | size.of_lists(len(layers.units) * size.num_heads)
+        result["heads"] = _head_result(heads) | size.of_lists(len(heads.units)) if heads else None
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        with atomic_path(Path(options.output)) as path:
+            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if options.plot:
+            plot_ranking(Path(options.plot), layers, heads, shape)
+
+    layers = _choose(reading, num_layers, options, by_head=False)
+    write(layers, None)
+    if options.heads:
+        write(layers, _choose(reading, num_heads, options, by_head=True))
     return result
 
 

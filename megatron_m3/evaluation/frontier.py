@@ -45,7 +45,7 @@ class Point:
             return cls(mode=text, codec="none", memory=())  # type: ignore[arg-type]
         parts = re.split(r",(?=[a-z_]+=)", text)
         fields = dict(part.split("=", 1) for part in parts if "=" in part)
-        if len(fields) != len(parts):
+        if len(fields) != len(parts) or ",," in text:
             raise ConfigError(f"points: {text} is neither none, text nor settings; write layers=8-24,tokens=8")
         mode: Any = fields.pop("mode", "explicit")
         if mode not in ("explicit", "shuffled"):
