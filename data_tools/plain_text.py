@@ -162,14 +162,16 @@ def share_out(lines: Sequence[Sequence[dict[str, Any]]], most: int) -> list[dict
 
 
 def make_entries(name: str, avoided: Mentions, longest: int) -> Iterator[dict[str, Any]]:
-    """Words and definitions of a dictionary."""
+    """Words and definitions of a dictionary, but for the articles that are held out."""
     title, path, reader = open_source(name)
     if reader is not read_plain_articles:
         raise DataError(f"{path}: is a folder; definitions come from a dictionary NAME.dict.dz")
-    for article in read_articles(path):
-        found = definition(article.text)
-        if found and SHORTEST_GLOSS <= len(found[1]) <= longest and not avoided.find(": ".join(found)):
-            yield {"id": f"{title} {article.id}", "word": found[0], "gloss": found[1]}
+    for number, text in read_articles(path):
+        article, found = Document(f"{title} {number}", text), definition(text)
+        if not found or is_heldout(article) or avoided.find(": ".join(found)):
+            continue
+        if SHORTEST_GLOSS <= len(found[1]) <= longest:
+            yield {"id": article.id, "word": found[0], "gloss": found[1]}
 
 
 def read_avoided(files: Sequence[str]) -> Mentions:

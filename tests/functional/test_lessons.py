@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from data_tools import assign, lessons, references, tokenize
-from data_tools.heldout import choose_heldout
+from data_tools.heldout import choose_heldout, clear_entries
 from data_tools.packing import count_tokens
-from data_tools.wordnet import CORPUS, load_entries
+from data_tools.wordnet import CORPUS, Entry, load_entries
 from megatron_m3.data import TokenStore
 from megatron_m3.data.neighbours import NeighbourStore
 from megatron_m3.errors import ArtifactError, ConfigError, DataError, M3Error
@@ -66,6 +66,15 @@ def test_held_out_words_stand_nowhere_in_training(made: Path) -> None:
         assert plain_words(gloss) not in trained
     assert "quidnunc3 " in trained
     assert "zzyzx" not in trained, "an entry that mentions a held-out word is not taught"
+
+
+def test_only_entries_that_nothing_else_gives_away_can_be_held_out() -> None:
+    said = {"axolotl": "a salamander that keeps its gills", "Axolotl pen": "where it is kept by its owner",
+            "ewer": "a jug that has a wide mouth", "jug": "A jug, that has a wide mouth.", "adze": "a tool",
+            "word play": "a humorous play on how words sound", "play": "what children do the whole day",
+            "quoin": "the keystone of an arch in a wall", "quoins": "more than one of these in a wall"}
+    entries = [Entry(word, word, gloss, "") for word, gloss in said.items()]
+    assert {entry.word for entry in clear_entries(entries)} == {"Axolotl pen", "quoin", "quoins"}
 
 
 def test_the_three_forms_ask_the_same(made: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_tools import plain_text
+from data_tools.documents import Document
+from data_tools.plain_text import is_heldout
 from data_tools.published_texts import DIGITS, definition, manual_paragraphs, read_articles, read_pages
 from megatron_m3.errors import ConfigError, DataError
 from megatron_m3.tokenizer import Tokenizer, train_tokenizer
@@ -78,7 +80,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer([" ".join(page) for page in pages], 600, root / "tokenizer")
     line = {"id": "1", "context": "The word ocelot means", "target": " a cat", "references": ["ocelot: a cat\nape: x"]}
     (root / "heldout_long.jsonl").write_text(json.dumps(line) + "\n")
-    write_dictionary(root, ARTICLES)
+    write_dictionary(root, [f"word{first}{second}\n   A thing called {first}, and then {second}.\n"
+                            for first in "abcdefgh" for second in "abcdefgh"])
     return root
 
 
@@ -89,7 +92,10 @@ def test_documents_fill_their_chunks_and_held_out_pages_are_only_scored(package:
                      str(package / "words.dict.dz"), "--avoid", str(package / "heldout_long.jsonl"), "--lines", "20"])
     read = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in out.glob("*.jsonl")}
     tokenizer = Tokenizer.load(package / "tokenizer")
-    assert {entry["word"] for entry in read["entries"]} == {"Abjuratory", "Ablation", "Holm", "actor", "crlf"}
+    articles = [Document(f"words {one.id}", one.text) for one in read_articles(package / "words.dict.dz")]
+    taught = [one.text.split()[0] for one in articles if not is_heldout(one)]
+    assert [entry["word"] for entry in read["entries"]] == taught
+    assert 40 < len(taught) < len(articles) == 64
     lengths = [len(tokenizer.encode(one["text"])) + 1 for one in read["plain"]]
     assert min(lengths) > 192
     assert max(lengths) <= 256
