@@ -81,7 +81,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = {"id": "1", "context": "The word ocelot means", "target": " a cat", "references": ["ocelot: a cat\nape: x"]}
     (root / "heldout_long.jsonl").write_text(json.dumps(line) + "\n")
     write_dictionary(root, [f"word{first}{second}\n   A thing called {first}, and then {second}.\n"
-                            for first in "abcdefgh" for second in "abcdefgh"])
+                            for first in "abcdefghijklm" for second in "abcdefghijklm"])
     return root
 
 
@@ -95,7 +95,7 @@ def test_documents_fill_their_chunks_and_held_out_pages_are_only_scored(package:
     articles = [Document(f"words {one.id}", one.text) for one in read_articles(package / "words.dict.dz")]
     taught = [one.text.split()[0] for one in articles if not is_heldout(one)]
     assert [entry["word"] for entry in read["entries"]] == taught
-    assert 40 < len(taught) < len(articles) == 64
+    assert 140 < len(taught) < len(articles) == 169
     lengths = [len(tokenizer.encode(one["text"])) + 1 for one in read["plain"]]
     assert min(lengths) > 192
     assert max(lengths) <= 256
