@@ -24,15 +24,15 @@ from megatron_m3.model.checkpoint import list_checkpoints, read_checkpoint
 class CheckpointSource(Source):
     """One of our checkpoints, whatever layout wrote it."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the checkpoint ``path``, or the newest one of the run ``path``, checking all checksums.
+    def __init__(self, path: Path, *, checksums: bool = True) -> None:
+        """Open the checkpoint ``path``, or the newest one of the run ``path``, checking ``checksums`` of its files.
 
         Raises:
             ArtifactError: no checkpoint, or a damaged one.
         """
         self.path = (list_checkpoints(path) or [path])[-1]
         self.manifest = read_checkpoint(self.path)
-        check_files(self.path, self.manifest, checksums=True, mend="take another checkpoint")
+        check_files(self.path, self.manifest, checksums=checksums, mend="take another checkpoint")
         self.config = from_dict(Config, self.manifest.settings["config"])
         self.model = self.config.model
         self.family = str(self.manifest.info.get("family") or family_of(self.model))

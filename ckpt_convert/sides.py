@@ -37,7 +37,8 @@ class Side(ABC):
         """The ``count`` likeliest tokens after ``prompt``, each after all before it."""
         tokens = list(prompt)
         for _ in range(count):
-            tokens.append(first_rank(int(self.logits(tokens)[-1].argmax()) if is_first() else 0))
+            logits_SV = self.logits(tokens)
+            tokens.append(first_rank(int(logits_SV[-1].argmax()) if is_first() else 0))
         return tokens[len(prompt) :]
 
 

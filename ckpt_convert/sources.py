@@ -171,7 +171,7 @@ def open_model(path: Path) -> Source:
     if is_checkpoint(path):
         from ckpt_convert.checkpoint_source import CheckpointSource
 
-        return CheckpointSource(path)
+        return CheckpointSource(path, checksums=False)
     if (path / "config.json").is_file():
         return open_folder(path)
     raise ArtifactError(f"{path}: neither a Hugging Face folder, nor a GGUF file, nor a checkpoint; name one of them")
