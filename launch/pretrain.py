@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_m3.config import RECIPES, Config, from_dict, get_recipe, given_options, make_parser, replace_fields
+from megatron_m3.config import (
+    RECIPES,
+    Config,
+    from_dict,
+    get_recipe,
+    given_options,
+    make_parser,
+    replace_fields,
+    to_dict,
+)
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.training.telling import lone_errors_told
 
@@ -19,7 +28,10 @@ if TYPE_CHECKING:
 
 
 def parse_config(argv: Sequence[str] | None) -> Config:
-    """A recipe or a config file, with the fields given on the command line replaced."""
+    """A recipe or a config file, with the fields given on the command line replaced.
+
+    A run that starts from a checkpoint has its model: those fields of the recipe give way to the checkpoint's.
+    """
     parser = make_parser(
         Config, "m3 pretrain",
         "Train a model. Start from a recipe or a config file; every option below replaces one field of it.\n"
@@ -31,7 +43,18 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     recipe, file = given.pop("recipe"), given.pop("config")
     if (recipe is None) == (file is None):
         raise ConfigError("recipe: give --recipe NAME or --config FILE, one of them")
-    return replace_fields(get_recipe(recipe) if recipe else _read_config(Path(file)), given)
+    base = get_recipe(recipe) if recipe else _read_config(Path(file))
+    start = given.get("training.init_from", base.training.init_from)
+    return replace_fields(_with_model_of(Path(start), base) if start else base, given)
+
+
+def _with_model_of(start: Path, base: Config) -> Config:
+    """``base`` with the shape of the model of a checkpoint, or of a run's newest one."""
+    from megatron_m3.model.checkpoint import list_checkpoints, read_checkpoint
+
+    stored = read_checkpoint((list_checkpoints(start) or [start])[-1]).settings["config"]["model"]
+    kept = {name: value for name, value in stored.items() if name not in ("attention", "init_std")}
+    return from_dict(Config, to_dict(base) | {"model": to_dict(base.model) | kept})
 
 
 def _read_config(path: Path) -> Config:

@@ -94,7 +94,7 @@ def build_machinery(
     ``models`` are this process's chunks, where they are not to be built anew from ``config``.
     """
     models = models or build_model(config)
-    freeze_layers(models, config.training.frozen_layers)
+    freeze_layers(models, config)
     core = models[0].config
     # gradients are summed over tokens and divided once by the tokens of the global batch, in any layout
     core.calculate_per_token_loss = True
@@ -120,15 +120,21 @@ def build_machinery(
     )
 
 
-def freeze_layers(models: list[Any], count: int) -> None:
-    """Take the lowest ``count`` layers, and with them the embedding, out of training."""
+def freeze_layers(models: list[Any], config: Config) -> None:
+    """Take the lowest ``training.frozen_layers``, and with them the embedding, out of training."""
+    count = config.training.frozen_layers
+    if not count:
+        return
     for model in models:
-        for name, parameter in model.named_parameters() if count else ():
-            parts = name.split(".")
-            local = int(parts[parts.index("layers") + 1]) if "layers" in parts else None
-            is_low = local is not None and model.decoder.layers[local].layer_number <= count
-            is_embedding = name.startswith("embedding.") or getattr(parameter, "shared_embedding", False)
-            parameter.requires_grad_(not (is_low or is_embedding))
+        low = [layer for layer in model.decoder.layers if layer.layer_number <= count]
+        parts = [*low, *([model.embedding] if model.pre_process else [])]
+        weights = [weight for part in parts for weight in part.parameters()]
+        weights += [weight for weight in model.parameters() if getattr(weight, "shared_embedding", False)]
+        for weight in weights:
+            weight.requires_grad_(False)
+        if config.parallel.recompute and model.pre_process:
+            # a layer is recomputed in the backward pass only if its input has a gradient
+            model.embedding.register_forward_hook(lambda module, given, out: out.requires_grad_())
 
 
 def _optimizer_config(config: Config) -> CoreOptimizerConfig:

@@ -55,7 +55,7 @@ def data_hashes(dataset: TrainingDataset) -> dict[str, str]:
 def save_run(machinery: Machinery, state: RunState, hashes: dict[str, str], *, good: bool) -> Path:
     """Write the checkpoint of this step, trained on the data of ``hashes``; a collective. Returns its folder."""
     config = machinery.config
-    optimizer = machinery.optimizer.sharded_state_dict(sharded_state(machinery.models), metadata=sharding_metadata())
+    optimizer = machinery.optimizer.sharded_state_dict(_trained_state(machinery), metadata=sharding_metadata())
     sharded = {"optimizer": optimizer, "generators": _generators(_layout())}
     training = {"position": state.position, "guard": state.guard.to_dict(), "layout": list(_layout())}
     return save_checkpoint(Path(config.training.output), state.step, machinery.models, config,
@@ -79,7 +79,7 @@ def load_run(machinery: Machinery, folder: Path, hashes: dict[str, str]) -> RunS
     layout, training = _layout(), stored["training"]
     sharded = sharded_state(machinery.models)
     sharded["optimizer"] = machinery.optimizer.sharded_state_dict(
-        sharded_state(machinery.models), is_loading=True, metadata=sharding_metadata()
+        _trained_state(machinery), is_loading=True, metadata=sharding_metadata()
     )
     same_layout = tuple(training["layout"]) == layout
     if same_layout:
@@ -110,6 +110,17 @@ def start_from(machinery: Machinery, folder: Path, hashes: dict[str, str]) -> No
         )
     load_weights(folder, machinery.models)
     machinery.optimizer.reload_model_params()
+
+
+def _trained_state(machinery: Machinery) -> dict[str, Any]:
+    """The sharded weights that the optimizer's states are named after.
+
+    Usually a weight is one tensor over all layers. Frozen layers have no states, which would leave gaps in it, so a run
+    with such layers has one for each layer.
+    """
+    if not machinery.config.training.frozen_layers:
+        return sharded_state(machinery.models)
+    return sharded_state(machinery.models, by_layer=True)
 
 
 def _restore_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:

@@ -27,8 +27,12 @@ def make_batch(config: Config, step: int) -> dict[str, torch.Tensor]:
     references = torch.randint(3, config.model.vocab_size, (sequences, chunks, reference_length), generator=generator)
     references[torch.arange(reference_length) >= lengths[..., None]] = 0
     mask = (torch.rand(sequences, length, generator=generator) > 0.1).float()
-    return {"context": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask,
-            "references": references, "reference_lengths": lengths}
+    batch = {"context": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
+    if config.num_references == chunks:
+        return batch | {"references": references, "reference_lengths": lengths}
+    order = torch.rand(lengths.shape, generator=generator).argsort(-1)[:, : config.num_references]
+    return batch | {"references": references.gather(1, order[..., None].expand(-1, -1, reference_length)),
+                    "reference_lengths": lengths.gather(1, order), "reference_chunks": order}
 
 
 def micro_batches(config: Config, data_rank: int, data_size: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -37,7 +41,7 @@ def micro_batches(config: Config, data_rank: int, data_size: int) -> Iterator[di
     for step in range(STEPS):
         batch = make_batch(config, step)
         if config.training.stage == "warmup":
-            del batch["references"], batch["reference_lengths"]
+            batch = {name: batch[name] for name in ("context", "labels", "loss_mask")}
         for first in range(data_rank * size, config.training.global_batch, data_size * size):
             yield {name: tensor[first : first + size] for name, tensor in batch.items()}
 

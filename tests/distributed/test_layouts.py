@@ -14,6 +14,10 @@ SHARDED = {"parallel.distributed_optimizer": "true"}
 RECOMPUTE = {"parallel.recompute": "true"}
 WARMUP = {"training.stage": "warmup"}
 ALL_LAYERS = {"memory.layers": "1,3", "memory.tokens": "all"}
+OTHER = {"model.qkv_bias": "true", "model.qk_norm": "true", "model.rope_scaling": "llama3",
+         "model.rope_original_positions": "16", "model.tie_embeddings": "true", "memory.spread": "3",
+         "data.references_per_sequence": "3"}
+FROZEN = OTHER | {"training.frozen_layers": "1"}
 
 LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
     1: {
@@ -23,6 +27,8 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "warmup": WARMUP,
         "memory to the last layer": ALL_LAYERS,
         "tied": {"model.tie_embeddings": "true"},
+        "other family": OTHER,
+        "frozen": FROZEN,
     },
     2: {
         "TP2": TENSOR,
@@ -38,6 +44,11 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "warmup PP2": WARMUP | PIPELINE,
         "memory to the last layer PP2": ALL_LAYERS | PIPELINE,
         "tied PP2": PIPELINE | {"model.tie_embeddings": "true"},
+        "other family TP2 sequence": OTHER | SEQUENCE,
+        "other family PP2": OTHER | PIPELINE,
+        "frozen TP2 sequence recompute": FROZEN | SEQUENCE | RECOMPUTE,
+        "frozen PP2": FROZEN | PIPELINE,
+        "frozen DP2 distributed optimizer": FROZEN | SHARDED,
     },
     4: {
         "TP2xPP2": TENSOR | PIPELINE,
@@ -62,7 +73,8 @@ def results(tmp_path_factory):
 
 def baseline(name: str) -> str:
     """The run on one process that a layout must equal."""
-    return next((base for base in ("warmup", "memory to the last layer", "tied") if name.startswith(base)), "alone")
+    bases = ("warmup", "memory to the last layer", "tied", "other family", "frozen")
+    return next((base for base in bases if name.startswith(base)), "alone")
 
 
 @pytest.mark.parametrize(("ranks", "name"), CASES)
@@ -79,3 +91,5 @@ def test_memories_and_stages_make_a_difference(results):
     assert min(abs(one - other) for one in first for other in first if one != other) > 1e-4
     assert len(set(first)) == 3
     assert results["tied"]["initial"] != results["alone"]["initial"]
+    assert results["frozen"]["steps"][0][0] == results["other family"]["steps"][0][0]
+    assert results["frozen"]["steps"][1][0] != results["other family"]["steps"][1][0]

@@ -13,6 +13,7 @@ TENSOR, PIPELINE = {"parallel.tensor": "2"}, {"parallel.pipeline": "2"}
 INTERLEAVED = PIPELINE | {"parallel.interleave": "2"}
 SHARDED = {"parallel.distributed_optimizer": "true"}
 BF16 = {"training.dtype": "bf16"}
+FROZEN = {"training.frozen_layers": "1"}
 STEPS, HALF = 6, 3
 
 WHOLE = {
@@ -21,6 +22,8 @@ WHOLE = {
     "DP2 bf16": BF16,
     "TP2 bf16 sharded": TENSOR | BF16 | SHARDED,
     "PP2 interleaved sharded": INTERLEAVED | SHARDED,
+    "TP2 frozen": TENSOR | FROZEN,
+    "DP2 frozen sharded": FROZEN | SHARDED,
 }
 """Runs without interruption, on two processes."""
 
@@ -33,6 +36,8 @@ ELSEWHERE = [
     (4, "TP2xPP2", TENSOR | PIPELINE, "TP2"),
     (4, "TP2xDP2 sharded", TENSOR | SHARDED, "DP2 sharded"),
     (1, "alone", {}, "TP2"),
+    (1, "alone frozen", FROZEN, "TP2 frozen"),
+    (2, "PP2 frozen sharded", PIPELINE | FROZEN | SHARDED, "DP2 frozen sharded"),
 ]
 """Processes, name and layout of runs that go on from the middle of another."""
 

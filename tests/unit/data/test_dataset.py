@@ -184,3 +184,22 @@ def test_damaged_tokens_are_refused(small, tmp_path, name):
         TokenStore.open(folder).document_ids()
     with pytest.raises(ArtifactError, match=f"{name}: checksum"):
         TokenStore.open(folder, check=True)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_fewer_references_than_chunks_are_those_of_the_first_chunks_that_have_one(small, most):
+    config = small.config(stage="continual")
+    config = change(change(config, "memory", query_chunk="previous"), "data", max_overlap=0.35)
+    every, fewer = TrainingDataset(config), TrainingDataset(change(config, "data", references_per_sequence=most))
+    dropped = 0
+    for index in range(0, len(every), 3):
+        full, part = every[index], fewer[index]
+        chunks = np.flatnonzero(full["reference_lengths"])
+        dropped += len(chunks) > most
+        count = min(most, len(chunks))
+        assert len(part["references"]) == len(part["reference_lengths"]) == most
+        assert part["reference_chunks"][:count].tolist() == chunks[:most].tolist()
+        assert (part["references"][:count] == full["references"][chunks[:most]]).all()
+        assert part["reference_lengths"].tolist() == [*full["reference_lengths"][chunks[:most]],
+                                                      *[0] * (most - count)]
+    assert dropped

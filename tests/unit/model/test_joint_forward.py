@@ -204,6 +204,33 @@ def test_reading_memories_changes_the_loss_and_missing_references_do_not():
     assert (after[:, 16:] - before[:, 16:]).abs().max() > 1e-4
 
 
+def test_references_without_a_place_for_every_chunk_are_read_as_with_one():
+    from megatron_m3.model.gpt import training_forward
+
+    config = tiny(training__stage="continual")
+    model = build(config)
+    batch = random_batch(config, [[0, 16, 0, 9], [7, 0, 0, 0]])
+    expected = training_forward(model, batch, config, PREFIX)
+    chunks = torch.tensor([[3, 1], [0, 2]])
+    fewer = batch | {"references": batch["references"].gather(1, chunks[..., None].expand(-1, -1, 16)),
+                     "reference_lengths": batch["reference_lengths"].gather(1, chunks), "reference_chunks": chunks}
+    torch.testing.assert_close(training_forward(model, fewer, config, PREFIX), expected)
+    moved = fewer | {"reference_chunks": torch.tensor([[3, 0], [0, 2]])}
+    assert (training_forward(model, moved, config, PREFIX) - expected)[0].abs().max() > 1e-4
+
+
+def test_the_kept_tokens_of_a_step_stand_for_those_of_the_settings():
+    from megatron_m3.model.gpt import training_forward
+
+    config = tiny(training__stage="continual")
+    model, batch = build(config), random_batch(config, [[16, 0, 9, 2]])
+    losses = [training_forward(model, batch, config, PREFIX, kept) for kept in (None, 4, 7)]
+    seven = training_forward(model, batch, tiny(training__stage="continual", memory__tokens="7"), PREFIX)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[2], seven)
+    assert not torch.equal(losses[0], seven)
+
+
 def test_gradients_flow_through_references():
     """Finite differences: tokens that stand only in references move the loss through the memories alone."""
     from megatron_m3.model.gpt import training_forward

@@ -62,3 +62,16 @@ def test_padding_does_not_matter():
     padded = select_tokens(query, key, torch.tensor([5]), 3)
     assert torch.equal(short[0], padded[0])
     assert torch.equal(short[1], padded[1])
+
+
+def test_preferred_tokens_come_first_and_others_fill_up():
+    generator = torch.Generator().manual_seed(1)
+    query, key = torch.randn(3, 9, 4, 8, generator=generator), torch.randn(3, 9, 2, 8, generator=generator)
+    lengths, K = torch.tensor([9, 5, 2]), 4
+    preferred = torch.stack([torch.arange(9) % 3 == 0, torch.arange(9) % 3 == 1])
+    weights = token_weights(query, key, lengths)
+    indices, valid = select_tokens(query, key, lengths, K, preferred_GT=preferred)
+    for n, length in enumerate(lengths.tolist()):
+        for g in range(2):
+            order = sorted(range(length), key=lambda j: (not preferred[g, j], -float(weights[n, g, j])))
+            assert indices[n, g, valid[n]].tolist() == sorted(order[:K])

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from data_tools import tokenize
 from megatron_m3.config import from_dict
@@ -12,6 +13,7 @@ from megatron_m3.manifest import read_manifest
 from megatron_m3.references import ReferenceStore
 from megatron_m3.tokenizer import Tokenizer
 from tests.small_data import SmallData, write_neighbours
+from tests.tiny_model import joined_world
 
 WILD = {"optimizer__lr": 30, "schedule__style": "constant", "schedule__warmup_fraction": 0, "training__steps": 8,
         "checkpoint__every": 1, "checkpoint__keep": 0, "guard__min_history": 1, "guard__spike_steps": 2}
@@ -84,6 +86,21 @@ def test_continual_starts_from_warmup_weights(run, tmp_path):
     begun = read_manifest(tmp_path / "continual" / "step_0000000", "checkpoint", 1).settings
     assert begun["weights_hash"] == warm["weights_hash"]
     assert begun["training"]["position"] == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_layers_stay_as_they_are(run, tmp_path, tied):
+    from megatron_m3.model.checkpoint import load_model
+
+    run(training__steps=2, training__frozen_layers=2, checkpoint__every=2, checkpoint__keep=0,
+        model__tie_embeddings=tied)
+    with joined_world():
+        before, after = (load_model(tmp_path / "run" / name).model.state_dict()
+                         for name in ("step_0000000", "step_0000002"))
+        same = {name for name, value in before.items() if torch.is_tensor(value) and torch.equal(value, after[name])}
+    weights = {name for name, value in before.items() if torch.is_tensor(value)}
+    frozen = {name for name in weights if name.startswith(("embedding", "decoder.layers.0.", "decoder.layers.1."))}
+    assert frozen | ({"output_layer.weight"} & weights if tied else set()) == same
 
 
 def test_continual_from_random_weights_is_warned_of_once(run, tmp_path, capsys):

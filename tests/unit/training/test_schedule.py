@@ -3,8 +3,8 @@ import math
 
 import pytest
 
-from megatron_m3.config import ScheduleConfig
-from megatron_m3.training.schedule import learning_rate, rate_factor
+from megatron_m3.config import MemoryConfig, ScheduleConfig
+from megatron_m3.training.schedule import kept_tokens, learning_rate, rate_factor
 
 
 def rates(steps, **fields):
@@ -41,3 +41,15 @@ def test_few_steps_stay_within_bounds(style, steps):
 
 def test_rate_is_a_share_of_the_highest():
     assert learning_rate(50, 100, 4e-4, ScheduleConfig()) == 4e-4
+
+
+def test_kept_tokens_fall_by_equal_factors_and_stay():
+    memory = MemoryConfig(tokens="8", curriculum=0.5)
+    kept = [kept_tokens(step, 40, memory) for step in range(40)]
+    assert kept[0] == 128
+    assert kept[5] == 64
+    assert kept[10] == 32
+    assert kept[15] == 16
+    assert kept[20:] == [8] * 20
+    assert kept == sorted(kept, reverse=True)
+    assert kept_tokens(0, 40, MemoryConfig(tokens="8")) == 8
