@@ -15,11 +15,12 @@ help: ## list these commands
 
 setup: $(READY) ## make .venv with pinned requirements and the m3 command (a second time: nothing to do)
 
-$(READY): requirements.txt requirements-dev.txt pyproject.toml
+$(READY): requirements.txt requirements-dev.txt requirements-demo.txt pyproject.toml
 	@$(PYTHON) -m pip --version >/dev/null 2>&1 || { python=$$($(FIND_PYTHON)); \
 		test -n "$$python" || { echo "error: Python 3.12 not found: install python3.12 and run make again" >&2; exit 2; }; \
 		"$$python" -m venv $(VENV); }
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
 	PYTHONWARNINGS=ignore $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 

@@ -1,9 +1,10 @@
 """m3 demo: the whole job on a real corpus, in minutes on two processor cores.
 
-Corpus, tokenizer, dataset, references, embeddings, index, neighbours, the two training stages, the memory bank written
-by MPI, generation with recall, and scores on held-out entries. Every step is the command that a cluster runs, printed
-before it runs; finished steps are skipped when the demo is run again. At the end stand a table, a picture of the loss
-curves, and a JSON summary.
+First a real model: SmolLM2-135M is converted, an MPI job writes its memories of dictionary entries, and it answers from
+them what it did not know. Then all from nothing: corpus, tokenizer, dataset, references, embeddings, index, neighbours,
+the two training stages, the memory bank, generation with recall, and scores on held-out entries. Every step is the
+command that a cluster runs, printed before it runs; finished steps are skipped when the demo is run again. At the end
+stand a table, a picture of the loss curves, and a JSON summary.
 """
 
 import hashlib
@@ -12,23 +13,16 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from launch.demo_steps import MODES, Step, pretrained_steps, scratch_steps
 from megatron_m3.config import get_recipe, parse, replace_fields
 from megatron_m3.errors import ConfigError, M3Error, exit_on_user_error
 from megatron_m3.manifest import read_manifest
-
-MODES = {
-    "none": "without memory",
-    "explicit": "with memory",
-    "shuffled": "with another entry's memory",
-    "text": "with the reference as text in the prompt",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +41,14 @@ class Options:
     """Entries that only the knowledge base holds."""
     heldout: int = 300
     """Held-out entries that are scored."""
-    warmup_steps: int = 250
+    warmup_steps: int = 160
     """Steps of the warmup stage."""
-    continual_steps: int = 150
+    continual_steps: int = 110
     """Steps of the continual train."""
+    known_entries: int = 1000
+    """Entries that SmolLM2 has memories of."""
+    questions: int = 100
+    """Entries of these that it is scored on."""
     bank_ranks: int = 2
     """MPI processes that write the bank."""
     codec: str = "auto"
@@ -60,7 +58,7 @@ class Options:
 
     def __post_init__(self) -> None:
         least = {"tensor": 1, "pipeline": 1, "train_entries": 1000, "other_entries": 0, "heldout": 2,
-                 "warmup_steps": 1, "continual_steps": 1, "bank_ranks": 1}
+                 "warmup_steps": 1, "continual_steps": 1, "known_entries": 1000, "questions": 4, "bank_ranks": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least {value}")
@@ -68,67 +66,10 @@ class Options:
         replace_fields(get_recipe("demo"), parallel)
 
 
-class Step(NamedTuple):
-    """One command of the demo."""
-
-    name: str
-    command: list[str]
-
-
-def tool(*words: str | Path) -> list[str]:
-    """A subcommand of m3 in this Python."""
-    return [sys.executable, "-m", "launch.m3", *map(str, words)]
-
-
-def training(options: Options, run: Path, stage: str, steps: int, *more: str | Path) -> Step:
-    """One training stage under torchrun."""
-    ranks = options.tensor * options.pipeline
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-               "-m", "launch.pretrain", "--recipe", "demo", "--training.stage", stage, "--training.steps", str(steps),
-               "--training.output", str(run / stage), "--data.tokens", str(run / "tokens"),
-               "--data.tokenizer", str(run / "tokenizer"), "--parallel.tensor", str(options.tensor),
-               "--parallel.pipeline", str(options.pipeline), *map(str, more)]
-    return Step(f"{stage} stage, {ranks} processes", command)
-
-
-def steps(options: Options, run: Path) -> list[Step]:
-    """The commands of the demo, in order."""
-    texts, tokenizer, checkpoint = run / "texts", run / "tokenizer", run / "continual"
-    references, index, bank = run / "references", run / "index", run / "bank"
-    return [
-        Step("texts", tool("data", "wordnet", "--output", texts, "--train-entries", str(options.train_entries),
-                           "--other-entries", str(options.other_entries), "--heldout", str(options.heldout),
-                           "--longest-gloss", "90", "--reference-characters", "180")),
-        Step("tokenizer", tool("data", "tokenizer", "--input", texts / "train.jsonl", "--vocab-size", "4096",
-                               "--output", tokenizer)),
-        Step("training tokens", tool("data", "tokenize", "--input", texts / "train.jsonl", "--tokenizer", tokenizer,
-                                     "--output", run / "tokens")),
-        Step("references", tool("data", "references", "--input", texts / "references.jsonl", "--tokenizer", tokenizer,
-                                "--output", references)),
-        Step("embeddings", tool("data", "embed", "--references", references, "--output", run / "embeddings")),
-        Step("index", tool("data", "index", "--references", references, "--embeddings", run / "embeddings",
-                           "--output", index)),
-        Step("neighbours", tool("data", "neighbours", "--tokens", run / "tokens", "--references", references,
-                                "--tokenizer", tokenizer, "--index", index, "--output", run / "neighbours")),
-        training(options, run, "warmup", options.warmup_steps),
-        training(options, run, "continual", options.continual_steps, "--training.init-from", run / "warmup",
-                 "--data.references", references, "--data.neighbours", run / "neighbours"),
-        Step(f"memory bank, {options.bank_ranks} MPI processes",
-             [str(Path(sys.executable).with_name("mpiexec")), "-n", str(options.bank_ranks),
-              *tool("bank", "build", "--checkpoint", checkpoint, "--references", references, "--output", bank,
-                    "--codec", options.codec)]),
-        Step("generation with recall",
-             tool("generate", "--checkpoint", checkpoint, "--bank", bank, "--references", references, "--index", index,
-                  "--input", texts / "prompts.jsonl", "--max-new-tokens", "96")),
-        *(Step(f"score {words}",
-               tool("score", "--checkpoint", checkpoint, "--input", texts / "heldout.jsonl", "--mode", mode,
-                    "--output", run / f"scores_{mode}.jsonl"))
-          for mode, words in MODES.items()),
-    ]
-
-
-def run_steps(steps: Sequence[Step], run: Path) -> dict[str, float]:
+def run_steps(steps: Sequence[Step], run: Path, first: int, last: int) -> dict[str, float]:
     """Run what is not finished, in order; seconds of each step, those of earlier runs included.
+
+    The steps are numbers ``first`` and on of the demo's ``last``.
 
     Raises:
         M3Error: a step failed; what it said stands above.
@@ -136,14 +77,14 @@ def run_steps(steps: Sequence[Step], run: Path) -> dict[str, float]:
     seconds: dict[str, float] = {}
     chain = hashlib.sha256()
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    for number, step in enumerate(steps, 1):
+    for number, step in enumerate(steps, first):
         chain.update("\0".join(step.command).encode())
         stamp = run / "finished" / f"{number:02d}_{chain.hexdigest()[:16]}.json"
         if stamp.exists():
             seconds[step.name] = json.loads(stamp.read_text())["seconds"]
-            print(f"[{number}/{len(steps)}] {step.name}: done before", flush=True)
+            print(f"[{number}/{last}] {step.name}: done before", flush=True)
             continue
-        print(f"[{number}/{len(steps)}] {step.name}\n  $ {shlex.join(step.command)}", flush=True)
+        print(f"[{number}/{last}] {step.name}\n  $ {shlex.join(step.command)}", flush=True)
         start = time.monotonic()
         if subprocess.run(step.command, env=environment, check=False).returncode:
             raise M3Error(f"step {step.name} failed: its message stands above; mend it and run the demo again")
@@ -177,16 +118,16 @@ def describe_bank(run: Path) -> dict[str, Any]:
 
 
 def summarise(
-    options: Options, run: Path, seconds: dict[str, float], losses: dict[str, list[tuple[int, float]]]
+    options: Options, run: Path, seconds: dict[str, dict[str, float]], losses: dict[str, list[tuple[int, float]]]
 ) -> dict[str, Any]:
     """Everything the demo measured, as JSON values."""
     return {
         "options": asdict(options),
-        "nats_per_token": read_scores(run),
+        "models": {name: {"nats_per_token": read_scores(run / name), "bank": describe_bank(run / name)}
+                   for name in seconds},
         "loss": {stage: {"first": rows[0][1], "last": rows[-1][1]} for stage, rows in losses.items()},
-        "bank": describe_bank(run),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "total_seconds": round(sum(seconds.values()), 1),
+        "seconds": {name: {step: round(value, 1) for step, value in times.items()} for name, times in seconds.items()},
+        "total_seconds": round(sum(sum(times.values()) for times in seconds.values()), 1),
     }
 
 
@@ -194,20 +135,26 @@ def table(summary: dict[str, Any]) -> str:
     """The summary for people."""
     from megatron_m3.platform.progress import format_seconds
 
-    scores, bank = summary["nats_per_token"], summary["bank"]
-    lines = [f"{'held-out definitions':<44} nats per token"]
-    lines += [f"  {words:<42} {scores[mode]:>14.4f}" for mode, words in MODES.items()]
-    lines += [
-        f"  {'saved by having a memory':<42} {scores['none'] - scores['explicit']:>14.4f}",
-        f"  {'saved by its being the right one':<42} {scores['shuffled'] - scores['explicit']:>14.4f}",
-        f"{'last training loss, warmup stage':<44} {summary['loss']['warmup']['last']:>14.4f}",
-        f"{'last training loss, continual stage':<44} {summary['loss']['continual']['last']:>14.4f}"
-        "  (chunks retrieve with their own text)",
-        f"{'memories in the bank':<44} {bank['references']:>14,}",
-        f"{'bytes of a memory on disk':<44} {bank['bytes_per_reference']:>14,}  (codec {bank['codec']})",
-        f"{'time':<44} {format_seconds(summary['total_seconds']):>14}",
-    ]
-    return "\n".join(lines)
+    models = [summary["models"][name] for name in ("smollm2", "scratch")]
+    scores, banks = [model["nats_per_token"] for model in models], [model["bank"] for model in models]
+
+    def row(words: str, values: Sequence[str]) -> str:
+        return f"{words:<44}" + "".join(f" {value:>16}" for value in values)
+
+    saved = {"saved by having a memory": "none", "saved by its being the right one": "shuffled"}
+    stages = {"warmup": "last training loss, warmup stage", "continual": "last training loss, continual stage"}
+    return "\n".join([
+        row("", ["SmolLM2-135M", "from nothing"]),
+        "definitions not trained on, nats per token",
+        *(row(f"  {words}", [f"{score[mode]:.4f}" for score in scores]) for mode, words in MODES.items()),
+        *(row(f"  {words}", [f"{score[mode] - score['explicit']:.4f}" for score in scores])
+          for words, mode in saved.items()),
+        *(row(words, ["", f"{summary['loss'][stage]['last']:.4f}"]) for stage, words in stages.items()),
+        row("memories in the bank", [f"{bank['references']:,}" for bank in banks]),
+        row("bytes of a memory on disk", [f"{bank['bytes_per_reference']:,}" for bank in banks]),
+        row("codec", [bank["codec"] for bank in banks]),
+        row("time", [format_seconds(sum(summary["seconds"][name].values())) for name in ("smollm2", "scratch")]),
+    ])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -217,8 +164,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = output / "run"
     if options.fresh and run.exists():
         shutil.rmtree(run)
-    seconds = run_steps(steps(options, run), run)
-    losses = {stage: read_losses(run, stage) for stage in ("warmup", "continual")}
+    parts = {"smollm2": pretrained_steps(options, run / "smollm2"), "scratch": scratch_steps(options, run / "scratch")}
+    seconds: dict[str, dict[str, float]] = {}
+    first, last = 1, sum(map(len, parts.values()))
+    for name, steps in parts.items():
+        seconds[name] = run_steps(steps, run / name, first, last)
+        first += len(steps)
+    losses = {stage: read_losses(run / "scratch", stage) for stage in ("warmup", "continual")}
     summary = summarise(options, run, seconds, losses)
     shown = table(summary)
     from megatron_m3.evaluation.loss_plot import plot_losses

@@ -11,6 +11,7 @@ from megatron_m3.config.command_line import (
     to_dict,
 )
 from megatron_m3.config.flops import StepFlops, step_flops
+from megatron_m3.config.model import MemoryConfig, ModelConfig
 from megatron_m3.config.recipes import RECIPES, get_recipe, recipe
 from megatron_m3.config.schema import (
     CheckpointConfig,
@@ -18,8 +19,6 @@ from megatron_m3.config.schema import (
     DataConfig,
     GuardConfig,
     LoggingConfig,
-    MemoryConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,

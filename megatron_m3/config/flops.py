@@ -6,7 +6,8 @@ activations, rotary embeddings and the optimizer are not counted.
 
 from dataclasses import dataclass
 
-from megatron_m3.config.schema import Config, ModelConfig
+from megatron_m3.config.model import ModelConfig
+from megatron_m3.config.schema import Config
 
 BACKWARD = 2
 """Cost of a backward pass over that of its forward pass; none below the lowest layer that is trained."""

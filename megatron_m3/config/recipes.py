@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 
+from megatron_m3.config.model import MemoryConfig, ModelConfig
 from megatron_m3.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
     GuardConfig,
     LoggingConfig,
-    MemoryConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,

@@ -7,174 +7,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_m3.config.checks import check_positive, check_range
+from megatron_m3.config.model import MemoryConfig, ModelConfig
 from megatron_m3.errors import ConfigError
 
 MAX_SEED = 2**31 - 1
 """Largest seed that every random stream takes."""
-
-
-def _check_range(section: str, config: object, low: float, high: float, *names: str) -> None:
-    """Refuse fields outside [low, high], infinity and nan, by their dotted names."""
-    for name in names:
-        value = getattr(config, name)
-        if not low <= value <= high or value == math.inf:
-            allowed = f"at least {low}, and finite" if high == math.inf else f"from {low} to {high}"
-            raise ConfigError(f"{section}.{name}={value}: must be {allowed}")
-
-
-def _check_positive(section: str, config: object, *names: str) -> None:
-    """Refuse fields that are not above 0 and finite, by their dotted names."""
-    for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ConfigError(f"{section}.{name}={getattr(config, name)}: must be above 0, and finite")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Shape of the decoder-only Transformer (paper section 3.4)."""
-
-    num_layers: int = 4
-    """Transformer layers."""
-    num_heads: int = 4
-    """Query heads."""
-    num_kv_heads: int = 2
-    """Key-value heads; divides num_heads (grouped-query attention)."""
-    head_size: int = 32
-    """Numbers in one query, key or value vector."""
-    hidden_size: int = 128
-    """Width of the residual stream; the paper uses num_heads * head_size."""
-    ffn_size: int = 128
-    """Width of the gated MLP; the paper uses hidden_size, so that capacity goes to depth and heads."""
-    vocab_size: int = 8192
-    """Tokens in the vocabulary, before padding."""
-    vocab_multiple: int = 128
-    """The embedding is padded to a multiple of this, whatever the parallel layout."""
-    rope_theta: float = 10000.0
-    """Base of the rotary position embedding."""
-    rope_scaling: Literal["none", "llama3"] = "none"
-    """Change of the rotary frequencies for longer texts: none, or that of Llama 3."""
-    rope_factor: float = 8.0
-    """llama3: low frequencies are divided by this."""
-    rope_low_frequency: float = 1.0
-    """llama3: frequencies that turn less often than this over rope_original_positions are low."""
-    rope_high_frequency: float = 4.0
-    """llama3: frequencies that turn more often than this over rope_original_positions stay."""
-    rope_original_positions: int = 8192
-    """llama3: positions of the model before its change."""
-    max_positions: int = 0
-    """Positions that the model was made for; 0 where nobody said."""
-    qkv_bias: bool = False
-    """Biases on queries, keys and values (Qwen2)."""
-    qk_norm: bool = False
-    """RMSNorm of each head's query and key, before rotation (Qwen3)."""
-    norm_epsilon: float = 1e-5
-    """Added to the mean square in RMSNorm."""
-    tie_embeddings: bool = False
-    """Share the input embedding with the output projection."""
-    attention: Literal["torch", "reference"] = "torch"
-    """Attention backend: torch (fused library kernels, merged), or reference (plain, slow, the truth)."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights; output projections get init_std / sqrt(2 * num_layers)."""
-
-    def __post_init__(self) -> None:
-        _check_range("model", self, 1, math.inf, "num_layers", "num_heads", "num_kv_heads", "head_size", "hidden_size",
-                     "ffn_size", "vocab_size", "vocab_multiple")
-        _check_positive("model", self, "rope_theta", "norm_epsilon", "init_std", "rope_factor", "rope_low_frequency")
-        _check_range("model", self, 1, math.inf, "rope_original_positions")
-        _check_range("model", self, 0, math.inf, "max_positions")
-        if not self.rope_low_frequency < self.rope_high_frequency < math.inf:
-            raise ConfigError(
-                f"model.rope_high_frequency={self.rope_high_frequency}: must be above "
-                f"model.rope_low_frequency={self.rope_low_frequency}, and finite"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}")
-        if self.head_size % 2:
-            raise ConfigError(f"model.head_size={self.head_size}: must be even for rotary embeddings")
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding matrix."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-    @property
-    def num_non_embedding_parameters(self) -> int:
-        """Parameters outside the input embedding and the output projection, norms included."""
-        attention = self.hidden_size * self.head_size * 2 * (self.num_heads + self.num_kv_heads)
-        mlp = 3 * self.hidden_size * self.ffn_size
-        if self.qkv_bias:
-            attention += self.head_size * (self.num_heads + 2 * self.num_kv_heads)
-        if self.qk_norm:
-            attention += 2 * self.head_size
-        return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
-    """Explicit memory: which layers hold it, how sparse it is, and how it is read (sections 3.2, 3.3)."""
-
-    layers: str = "first-half"
-    """Memory layers, counted from 0: first-half, all, or ranges such as 8-24 or 0-3,6 (both ends included)."""
-    tokens: str = "8"
-    """Tokens kept of a reference for each key-value head: a number, or all."""
-    curriculum: float = 0.0
-    """Share of the training steps over which the kept tokens fall, by equal factors, from all to memory.tokens."""
-    reference_length: int = 128
-    """Most tokens in a reference."""
-    chunk_length: int = 64
-    """Tokens in a chunk, the unit of retrieval."""
-    references_per_chunk: int = 5
-    """References that a chunk reads at inference."""
-    window: int = 5
-    """In training a chunk reads the references of this many chunks: its own and those before it (section 3.5)."""
-    prefix: str = "Reference:"
-    """Text after the BOS in the prefix that stands before every reference and before the context."""
-    spread: int = 1
-    """Each memory layer and key-value head prefers tokens whose place has its own remainder modulo this, so that
-    together they cover a reference; 1 prefers none (the paper)."""
-    selection: Literal["softmax", "exp"] = "softmax"
-    """Token weights: softmax (section 3.3), or exp, the unnormalised sum of the paper's code."""
-    query_chunk: Literal["own", "previous"] = "own"
-    """Text that retrieves for a chunk in training: its own (the paper) or the previous chunk's (honest likelihoods)."""
-
-    def __post_init__(self) -> None:
-        _check_range("memory", self, 1, math.inf, "reference_length", "chunk_length", "references_per_chunk", "window",
-                     "spread")
-        _check_range("memory", self, 0, 1, "curriculum")
-        try:
-            self.prefix.encode()
-        except UnicodeEncodeError:
-            raise ConfigError(f"memory.prefix={self.prefix!a}: not UTF-8; give text in UTF-8") from None
-        if self.num_kept_tokens < 1:
-            raise ConfigError(f"memory.tokens={self.tokens}: must be at least 1, or all")
-
-    @property
-    def num_kept_tokens(self) -> int:
-        """Tokens kept of a full reference for each key-value head."""
-        if self.tokens == "all":
-            return self.reference_length
-        if not self.tokens.isdecimal():
-            raise ConfigError(f"memory.tokens={self.tokens}: give a number, or all")
-        return min(int(self.tokens), self.reference_length)
-
-    def memory_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The memory layers of a model with ``num_layers`` layers, ascending, counted from 0."""
-        if self.layers == "all":
-            return tuple(range(num_layers))
-        if self.layers == "first-half":
-            return tuple(range(max(1, num_layers // 2)))
-        chosen: set[int] = set()
-        for part in self.layers.split(","):
-            ends = part.strip().split("-")
-            if len(ends) > 2 or not all(end.isdecimal() for end in ends):
-                raise ConfigError(f"memory.layers={self.layers}: give first-half, all, or ranges such as 8-24 or 0-3,6")
-            first, last = int(ends[0]), int(ends[-1])
-            if first > last:
-                raise ConfigError(f"memory.layers={self.layers}: {part.strip()} is reversed; give {last}-{first}")
-            if last >= num_layers:
-                raise ConfigError(f"memory.layers={self.layers}: the model has layers 0-{num_layers - 1}")
-            chosen.update(range(first, last + 1))
-        return tuple(sorted(chosen))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,10 +42,10 @@ class DataConfig:
     """Order of the training sequences."""
 
     def __post_init__(self) -> None:
-        _check_range("data", self, 1, math.inf, "sequence_length", "prefetch")
-        _check_range("data", self, 0, 1, "max_overlap")
-        _check_range("data", self, 0, math.inf, "references_per_sequence")
-        _check_range("data", self, 0, MAX_SEED, "seed")
+        check_range("data", self, 1, math.inf, "sequence_length", "prefetch")
+        check_range("data", self, 0, 1, "max_overlap")
+        check_range("data", self, 0, math.inf, "references_per_sequence")
+        check_range("data", self, 0, MAX_SEED, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +68,7 @@ class ParallelConfig:
     """Recompute every layer's activations in the backward pass."""
 
     def __post_init__(self) -> None:
-        _check_range("parallel", self, 1, math.inf, "tensor", "pipeline", "interleave", "context")
+        check_range("parallel", self, 1, math.inf, "tensor", "pipeline", "interleave", "context")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,8 +89,8 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        _check_positive("optimizer", self, "lr")
-        _check_range("optimizer", self, 0, math.inf, "weight_decay", "epsilon", "clip_grad")
+        check_positive("optimizer", self, "lr")
+        check_range("optimizer", self, 0, math.inf, "weight_decay", "epsilon", "clip_grad")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)}: must be from 0 to below 1")
@@ -272,7 +110,7 @@ class ScheduleConfig:
     """Rate at the end, as a share of optimizer.lr."""
 
     def __post_init__(self) -> None:
-        _check_range("schedule", self, 0, 1, "warmup_fraction", "decay_fraction", "min_ratio")
+        check_range("schedule", self, 0, 1, "warmup_fraction", "decay_fraction", "min_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,9 +137,9 @@ class TrainingConfig:
     """Checkpoint whose weights the run starts from (continual starts from a warmup checkpoint)."""
 
     def __post_init__(self) -> None:
-        _check_range("training", self, 1, math.inf, "steps", "global_batch", "micro_batch")
-        _check_range("training", self, 0, MAX_SEED, "seed")
-        _check_range("training", self, 0, math.inf, "frozen_layers")
+        check_range("training", self, 1, math.inf, "steps", "global_batch", "micro_batch")
+        check_range("training", self, 0, MAX_SEED, "seed")
+        check_range("training", self, 0, math.inf, "frozen_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,8 +154,8 @@ class CheckpointConfig:
     """Go on from the newest checkpoint in training.output, if there is one."""
 
     def __post_init__(self) -> None:
-        _check_range("checkpoint", self, 1, math.inf, "every")
-        _check_range("checkpoint", self, 0, math.inf, "keep")
+        check_range("checkpoint", self, 1, math.inf, "every")
+        check_range("checkpoint", self, 0, math.inf, "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,9 +178,9 @@ class GuardConfig:
     """The run stops with an error after this many returns."""
 
     def __post_init__(self) -> None:
-        _check_range("guard", self, 1, math.inf, "spike_factor", "norm_spike_factor", "spike_steps")
-        _check_range("guard", self, 0, math.inf, "min_history", "max_rollbacks")
-        _check_range("guard", self, 0, 1, "lr_factor")
+        check_range("guard", self, 1, math.inf, "spike_factor", "norm_spike_factor", "spike_steps")
+        check_range("guard", self, 0, math.inf, "min_history", "max_rollbacks")
+        check_range("guard", self, 0, 1, "lr_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,8 +195,8 @@ class LoggingConfig:
     """The device's peak TFLOP/s for MFU; 0 measures the rate of a large matrix product at start."""
 
     def __post_init__(self) -> None:
-        _check_range("logging", self, 1, math.inf, "every")
-        _check_range("logging", self, 0, math.inf, "peak_tflops")
+        check_range("logging", self, 1, math.inf, "every")
+        check_range("logging", self, 0, math.inf, "peak_tflops")
 
 
 @dataclass(frozen=True, kw_only=True)
