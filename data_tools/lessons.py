@@ -2,6 +2,7 @@
 
 references.jsonl         the knowledge base: long references, of several "X: GLOSS" lines, and short ones, of one
 train.jsonl              documents of lines "The word X means GLOSS.", and the reference that stands at each chunk
+train_text.jsonl         the same documents behind their references as text: what a model without memory would read
 heldout_short.jsonl      lines to score, of entries that no training text says or mentions: the reference is the entry
 heldout_long.jsonl       the same questions; the entry stands among others in a long reference
 heldout_five.jsonl       the same; four other long references stand beside the right one
@@ -245,6 +246,12 @@ def make_texts(
     texts = {
         "references": [{"id": one.id, "text": one.text} for one in references],
         "train": lessons.documents,
+        "train_text": [
+            {"id": document["id"],
+             "text": "\n".join([*(lessons.references[one].text for one in document["references"] if one),
+                                document["text"]])}
+            for document in lessons.documents
+        ],
         **{f"heldout_{name}": lines for name, lines in score_lines(groups[: options.heldout]).items()},
         **{f"calibration_{name}": lines for name, lines in score_lines(groups[options.heldout :]).items()},
     }

@@ -116,6 +116,17 @@ def test_every_line_is_asked_where_its_reference_can_be_read(made: Path) -> None
     assert sum(len(lines) == 1 for lines in known.values()) > 0.2 * len(known)
 
 
+def test_lessons_as_text_say_their_references_and_then_ask_the_same(made: Path) -> None:
+    texts = {row["id"]: row["text"] for row in read(made / "texts" / "references.jsonl")}
+    lines, told = read(made / "texts" / "train.jsonl"), read(made / "texts" / "train_text.jsonl")
+    assert [row["id"] for row in told] == [row["id"] for row in lines]
+    for with_text, document in zip(told, lines, strict=True):
+        assert set(with_text) == {"id", "text"}
+        assert with_text["text"].endswith("\n" + document["text"])
+        said = with_text["text"].removesuffix("\n" + document["text"])
+        assert said == "\n".join(texts[one] for one in document["references"] if one)
+
+
 def test_the_seed_decides_everything(made: Path, tmp_path: Path) -> None:
     def make(name: str, **more: int) -> dict[str, bytes]:
         options = lessons.Options(tokenizer=str(made / "tokenizer"), output=str(tmp_path / name), heldout=12,
