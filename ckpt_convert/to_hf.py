@@ -34,6 +34,8 @@ class ToOptions:
     """Type of the weights; auto keeps the checkpoint's."""
     max_shard_size: str = "5GB"
     """Largest safetensors file: a number of bytes, or one with KB, MB or GB; a larger tensor has a file of its own."""
+    memory: bool = False
+    """Add a modelling file (trust_remote_code) that opens a memory bank of the checkpoint and generates with recall."""
     json: bool = False
     """Print the summary as JSON."""
 
@@ -82,6 +84,7 @@ def write_folder(source: "CheckpointSource", folder: Path, options: ToOptions) -
     import torch
 
     from ckpt_convert.families import FAMILIES, family_of, write_config
+    from ckpt_convert.memory_folder import add_memory
     from ckpt_convert.tokenizer_files import write_tokenizer
     from megatron_m3.manifest import Manifest, hash_file, write_manifest
     from megatron_m3.tokenizer import Tokenizer
@@ -92,6 +95,8 @@ def write_folder(source: "CheckpointSource", folder: Path, options: ToOptions) -
     write_tokenizer(tokenizer, folder)
     fields = write_config(source.model, family, str(dtype).removeprefix("torch."), source.config.data.sequence_length,
                           {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id})
+    if options.memory:
+        fields |= add_memory(source, tokenizer, family, folder)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     files = write_weights(source, folder, dtype, options.max_shard_bytes)
     write_manifest(folder, Manifest(
