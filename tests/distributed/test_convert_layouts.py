@@ -29,12 +29,12 @@ def world() -> Iterator[None]:
         yield
 
 
-def expectations(source: Path, path: Path) -> Path:
-    """What transformers says to the prompts: its 64 greedy tokens, and logits of all positions."""
+def expectations(source: Path, path: Path, count: int = 2) -> Path:
+    """What transformers says to the last ``count`` prompts: its 64 greedy tokens, and logits of all positions."""
     from ckpt_convert.sides import open_side
 
     side = open_side(source, 1, 1)
-    texts = [(prompt, side.generate(prompt, GREEDY_TOKENS)) for prompt in prompts(side)]
+    texts = [(prompt, side.generate(prompt, GREEDY_TOKENS)) for prompt in prompts(side)[-count:]]
     torch.save((texts, [side.logits([*prompt, *answer]) for prompt, answer in texts]), path)
     return path
 
@@ -50,10 +50,13 @@ def test_every_family_at_two_ranks(tmp_path: Path) -> None:
         folder = tmp_path / case
         source = make_model(folder / "hf", case)
         convert(FromOptions(source=str(source), output=str(folder / "ours")))
-        reshard(ReshardOptions(source=str(folder / "ours"), output=str(folder / "tp2"), tensor=2))
-        reshard(ReshardOptions(source=str(folder / "tp2"), output=str(folder / "pp2"), pipeline=2))
         expected = str(expectations(source, folder / "expected.pt"))
-        for name, tensor, pipeline in (("ours", 2, 1), ("ours", 1, 2), ("tp2", 2, 1), ("tp2", 1, 2), ("pp2", 2, 1)):
+        layouts = [("ours", 2, 1), ("ours", 1, 2)]
+        if case == "qwen3":
+            reshard(ReshardOptions(source=str(folder / "ours"), output=str(folder / "tp2"), tensor=2))
+            reshard(ReshardOptions(source=str(folder / "tp2"), output=str(folder / "pp2"), pipeline=2))
+            layouts += [("tp2", 1, 2), ("pp2", 2, 1)]
+        for name, tensor, pipeline in layouts:
             jobs.append((str(folder / name), expected, tensor, pipeline))
             names.append(f"{case}, {name} at TP{tensor}xPP{pipeline}")
     for name, (difference, agreeing) in zip(names, run_layouts(jobs, 2, tmp_path / "found.json"), strict=True):
@@ -70,14 +73,14 @@ def test_smollm2_at_three_ranks_and_at_one(tmp_path: Path) -> None:
     [source] = Path(str(SMOLLM2.origin)).parent.glob("*.gguf")
     summary = convert(FromOptions(source=str(source), output=str(tmp_path / "ours")))
     assert (summary["parameters"], summary["memory_layers"], summary["bos"]) == (134_515_008, "8-24", "<|im_start|>")
-    texts, expected = torch.load(expectations(source, tmp_path / "expected.pt"))
+    texts, expected = torch.load(expectations(source, tmp_path / "expected.pt", count=1))
     one = open_side(tmp_path / "ours", 1, 1)
     logits = [one.logits([*prompt, *answer]) for prompt, answer in texts]
     jobs = [(str(tmp_path / "ours"), str(tmp_path / "expected.pt"), *layout) for layout in ((3, 1), (1, 3))]
     found = run_layouts(jobs, 3, tmp_path / "found.json")
     for difference, agreeing in [(compare_logits(expected, logits), greedy_agreement(texts, logits)), *found]:
         assert difference <= TOLERANCE
-        assert agreeing == 2 * GREEDY_TOKENS
+        assert agreeing == GREEDY_TOKENS
     assert compare_tensors(open_model(source), one.source, only="layers.29").passed
 
 
