@@ -18,6 +18,12 @@ MODES = {
 }
 
 
+MEMORY_LAYERS = "7-8,10,14-15,17-24,26,29"
+"""Half of SmolLM2's layers, as `m3 memory rank-layers` proposes (docs/results.md)."""
+KEPT_TOKENS = "64"
+"""Tokens kept of its references, which are no longer: all."""
+
+
 class Step(NamedTuple):
     """One command of the demo."""
 
@@ -60,12 +66,12 @@ def bank_step(options: "Options", run: Path, checkpoint: Path, *more: str) -> St
                        "--output", run / "bank", *more)])
 
 
-def knowledge_steps(run: Path, tokenizer: Path) -> list[Step]:
+def knowledge_steps(run: Path, tokenizer: Path, *more: str) -> list[Step]:
     """From the texts of the knowledge base to its index."""
     references, embeddings = run / "references", run / "embeddings"
     return [
         Step("references", tool("data", "references", "--input", run / "texts" / "references.jsonl",
-                                "--tokenizer", tokenizer, "--output", references)),
+                                "--tokenizer", tokenizer, "--output", references, *more)),
         Step("embeddings", tool("data", "embed", "--references", references, "--output", embeddings)),
         Step("index", tool("data", "index", "--references", references, "--embeddings", embeddings,
                            "--output", run / "index")),
@@ -95,21 +101,22 @@ def pretrained_model() -> Path:
 def pretrained_steps(options: "Options", run: Path) -> list[Step]:
     """A real model, converted and given memories of texts that it has not been trained on; it is not trained here.
 
-    All tokens of the middle layers are kept: a model that has not learned to read sparse memories needs them.
+    All tokens of half the layers are kept: a model that has not learned to read sparse memories needs them.
     """
     texts, checkpoint = run / "texts", run / "checkpoint"
     return [
-        Step("conversion of SmolLM2", tool("convert", "from-hf", pretrained_model(), checkpoint, "--dtype", "bf16")),
+        Step("conversion of SmolLM2", tool("convert", "from-hf", pretrained_model(), checkpoint, "--dtype", "bf16",
+                                           "--memory-layers", MEMORY_LAYERS)),
         texts_step(run, options.known_entries, 0, options.questions),
-        *knowledge_steps(run, checkpoint / "step_0000000" / "tokenizer"),
-        bank_step(options, run, checkpoint, "--memory-tokens", "all", "--codec", "none"),
+        *knowledge_steps(run, checkpoint / "step_0000000" / "tokenizer", "--reference-length", KEPT_TOKENS),
+        bank_step(options, run, checkpoint, "--memory-tokens", KEPT_TOKENS, "--codec", "none"),
         Step("answers without memory",
              tool("generate", "--checkpoint", checkpoint, "--input", texts / "prompts.jsonl", "--max-new-tokens", "24",
                   "--no-memory")),
         Step("answers with recall",
              tool("generate", "--checkpoint", checkpoint, "--bank", run / "bank", "--references", run / "references",
                   "--index", run / "index", "--input", texts / "prompts.jsonl", "--max-new-tokens", "24")),
-        *scores(checkpoint, texts / "heldout.jsonl", run, memory_tokens="all"),
+        *scores(checkpoint, texts / "heldout.jsonl", run, memory_tokens=KEPT_TOKENS),
     ]
 
 
