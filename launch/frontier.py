@@ -83,7 +83,7 @@ def score_points(options: FrontierOptions, label: str, checkpoint: str) -> list[
     from megatron_m3.evaluation.examples import read_examples
     from megatron_m3.evaluation.frontier import Frontier, Point, ResultFile, collect
     from megatron_m3.manifest import hash_file
-    from megatron_m3.memory.codec import check_codec
+    from megatron_m3.memory.codecs import check_codec
     from megatron_m3.model.checkpoint import load_model
     from megatron_m3.platform.progress import Progress
 

@@ -44,7 +44,7 @@ class RankOptions:
     """Kept tokens of a record: a number, or all; by default the checkpoint's. Losses are measured with
     measured_tokens."""
     codec: str = "none"
-    """Codec of a record: none (bf16 numbers), or a FAISS factory string."""
+    """Codec of a record: none (bf16 numbers), KLT and a number, or a FAISS factory string."""
     measured_tokens: str = "all"
     """Tokens kept of a reference while losses are measured: a number, or all. A model that has not been trained to read
     sparse memories shows what its layers are for with all."""
@@ -93,13 +93,13 @@ def rank(options: RankOptions) -> dict[str, Any]:
     from megatron_m3.evaluation.gated_reading import GatedReading
     from megatron_m3.evaluation.ranking_plot import plot_ranking
     from megatron_m3.manifest import atomic_path, hash_file
-    from megatron_m3.memory.codec import code_bytes
+    from megatron_m3.memory.codecs import token_bytes
     from megatron_m3.model.checkpoint import load_model
     from megatron_m3.platform.progress import Progress
 
     started = time.perf_counter()
     loaded = load_model(Path(options.checkpoint), dtype=options.dtype)
-    size = RecordSize.of(loaded.config, options.tokens, code_bytes(options.codec, loaded.config.model.head_size))
+    size = RecordSize.of(loaded.config, options.tokens, token_bytes(options.codec, loaded.config.model.head_size))
     num_layers, num_heads = size.targets(options)
     config = replace_fields(loaded.config, {"memory.tokens": options.measured_tokens})
     examples = read_examples(Path(options.input), loaded.tokenizer, reads_references=True,
@@ -153,22 +153,22 @@ class RecordSize:
     num_layers: int
     num_heads: int
     kept: int
-    code: int
-    """Bytes of one key or value."""
+    token_bytes: int
+    """Bytes of one key and value."""
 
     @classmethod
-    def of(cls, config: "Config", tokens: str | None, code: int) -> "RecordSize":
+    def of(cls, config: "Config", tokens: str | None, token_bytes: int) -> "RecordSize":
         """Of a model, with ``tokens`` kept tokens (its own by default)."""
         memory = replace(config.memory, tokens=tokens or config.memory.tokens)
         return cls(num_layers=config.model.num_layers, num_heads=config.model.num_kv_heads,
-                   kept=memory.num_kept_tokens, code=code)
+                   kept=memory.num_kept_tokens, token_bytes=token_bytes)
 
     def of_lists(self, count: int) -> dict[str, int]:
         """Bytes of keys and values alone, and of the record."""
         from megatron_m3.memory.record import record_bytes
 
-        return {"key_value_bytes": count * 2 * self.kept * self.code,
-                "record_bytes": record_bytes(self.num_heads, count, self.kept, self.code)}
+        return {"key_value_bytes": count * self.kept * self.token_bytes,
+                "record_bytes": record_bytes(self.num_heads, count, self.kept, self.token_bytes)}
 
     def targets(self, options: RankOptions) -> tuple[int, int]:
         """How many layers and how many heads the budget allows.

@@ -16,8 +16,8 @@ class BankConfig:
     output: str
     """Folder of the bank; an unfinished one goes on."""
     codec: str = "auto"
-    """none, auto (the paper's 14 bytes a vector if the sample suffices, else a smaller construction), or a FAISS
-    factory string such as OPQ20_80,Residual2x14,PQ8x10."""
+    """none; auto (the paper's 14 bytes a vector if the sample suffices, else a smaller construction); KLT and the bytes
+    of a key and value together, such as KLT40; or a FAISS factory string such as OPQ20_80,Residual2x14,PQ8x10."""
     codec_sample: int = 1024
     """References, drawn uniformly, that the codec is trained on."""
     codec_shared: bool = False

@@ -18,6 +18,7 @@ from megatron_m3.errors import ConfigError, DataError
 from megatron_m3.evaluation.examples import Example, exchange_references
 from megatron_m3.evaluation.scoring import Mode, Scorer, distinct_references, encode_texts
 from megatron_m3.memory import ExplicitMemories
+from megatron_m3.memory.codecs import token_bytes
 from megatron_m3.memory.record import record_bytes
 from megatron_m3.model.checkpoint import LoadedModel
 
@@ -75,11 +76,11 @@ class Bytes:
     """Its record in a bank."""
 
     @classmethod
-    def of(cls, config: Config, code_bytes: int) -> Self:
-        """With ``code_bytes`` for a key or value, for a full reference."""
+    def of(cls, config: Config, token_bytes: int) -> Self:
+        """Of a full reference, with ``token_bytes`` for the key and value of a kept token."""
         lists, kept = len(config.memory_layers) * config.model.num_kv_heads, config.memory.num_kept_tokens
-        return cls(key_values=lists * 2 * kept * code_bytes,
-                   record=record_bytes(config.model.num_kv_heads, lists, kept, code_bytes))
+        return cls(key_values=lists * kept * token_bytes,
+                   record=record_bytes(config.model.num_kv_heads, lists, kept, token_bytes))
 
 
 class ResultFile:
@@ -189,8 +190,8 @@ class Frontier:
         scorer = self.scorers[point]
         size = None
         if scorer.reads_memories:
-            code = scorer.codec.code_bytes if scorer.codec else 2 * scorer.config.model.head_size
-            size = asdict(Bytes.of(scorer.config, code))
+            name = scorer.codec.name if scorer.codec else "none"
+            size = asdict(Bytes.of(scorer.config, token_bytes(name, scorer.config.model.head_size)))
         return {"key": self.key(point, block), "checkpoint": self.label, "point": point.name, "mode": point.mode,
                 "bytes": size, "nll": [round(one, 5) for one in nll], "tokens": [len(one.target) for one in examples]}
 

@@ -16,7 +16,7 @@ from megatron_m3.evaluation.examples import Example
 from megatron_m3.evaluation.questions import Questions, batches
 from megatron_m3.inference.forward import local_kv_heads, losses_at
 from megatron_m3.inference.reading import ChunkMemories, ReadingPlan
-from megatron_m3.memory import Codec, ExplicitMemories, encode_variants, train_codec
+from megatron_m3.memory import Codec, ExplicitMemories, encode_variants, measure_sensitivity, train_codec
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.layout import trunk_positions
 from megatron_m3.model.rope import Rope
@@ -161,9 +161,10 @@ class Scorer:
         a_reference = len(self.config.memory_layers) * model.num_kv_heads * memory.num_kept_tokens
         count = min(len(distinct), max(1, CODEC_VECTORS // a_reference))
         sample = np.random.default_rng(seed).choice(len(distinct), count, replace=False)
-        memories = encode_texts(self.loaded, [distinct[place] for place in np.sort(sample)], [self.config])[0]
+        drawn = [distinct[place] for place in np.sort(sample)]
+        memories = encode_texts(self.loaded, drawn, [self.config])[0]
         try:
-            self.codec = train_codec(factory, memories)
+            self.codec = train_codec(factory, memories, sensitivity=lambda: measure_sensitivity(self.loaded, drawn))
         except ConfigError as error:
             reason, given, _ = str(error).partition("; give a larger codec_sample")
             if not given:

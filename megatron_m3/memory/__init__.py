@@ -2,8 +2,10 @@
 
 from megatron_m3.memory.bank import MemoryBank
 from megatron_m3.memory.cache import MemoryCache
-from megatron_m3.memory.codec import Codec, train_codec
+from megatron_m3.memory.codec import Codec
+from megatron_m3.memory.codecs import load_codec, train_codec
 from megatron_m3.memory.encode import encode_references, encode_variants
+from megatron_m3.memory.sensitivity import measure_sensitivity
 from megatron_m3.memory.sources import ColdSource, MemorySource, WarmSource
 from megatron_m3.memory.types import ExplicitMemories
 
@@ -17,5 +19,7 @@ __all__ = [
     "WarmSource",
     "encode_references",
     "encode_variants",
+    "load_codec",
+    "measure_sensitivity",
     "train_codec",
 ]

@@ -19,10 +19,11 @@ from megatron_m3.config import Config
 from megatron_m3.errors import ArtifactError, ConfigError, DataError
 from megatron_m3.manifest import BlockFolder, Manifest, check_files, check_input, read_manifest
 from megatron_m3.memory.codec import Codec
+from megatron_m3.memory.codecs import load_codec
 from megatron_m3.memory.record import RecordLayout
 from megatron_m3.memory.types import ExplicitMemories
 
-KIND, SCHEMA = "bank", 1
+KIND, SCHEMA = "bank", 2
 CODEC = "codec"
 OPEN_SHARDS = 256
 """Most shards open at a time."""
@@ -38,20 +39,22 @@ class BankSettings:
     memory_layers: tuple[int, ...]
     num_kept_tokens: int
     selection: str
+    spread: int
     prefix: str
     reference_length: int
     """Positions that a reference takes up."""
     num_kv_heads: int
     head_size: int
     codec: str
-    """none, or the codec's FAISS factory string."""
-    code_bytes: int
+    """none, KLT and a number, or the codec's FAISS factory string."""
+    token_bytes: int
+    """Bytes of the key and the value of one kept token."""
 
     @property
     def record(self) -> RecordLayout:
         """Layout of a record."""
         return RecordLayout(num_heads=self.num_kv_heads, num_layers=len(self.memory_layers),
-                            num_kept_tokens=self.num_kept_tokens, code_bytes=self.code_bytes)
+                            num_kept_tokens=self.num_kept_tokens, token_bytes=self.token_bytes)
 
     @property
     def num_blocks(self) -> int:
@@ -100,7 +103,7 @@ class MemoryBank:
         for role, actual in (("checkpoint", weights_hash), ("tokenizer", tokenizer_hash)):
             if actual is not None:
                 check_input(folder, manifest, role, actual)
-        codec, codec_hash = Codec.load(folder / CODEC)
+        codec, codec_hash = load_codec(folder / CODEC)
         check_input(folder, manifest, "codec", codec_hash)
         check_files(folder, manifest, checksums=check,
                     mend="run `m3 bank build` into the folder again, it writes missing and damaged shards anew")
@@ -111,7 +114,7 @@ class MemoryBank:
         return self.settings.num_references
 
     def configure(self, config: Config) -> Config:
-        """``config`` with the memory layers, kept tokens and selection rule of this bank.
+        """``config`` with the memory layers, kept tokens and selection of this bank.
 
         Raises:
             ConfigError: the bank was written with another prefix or reference length.
@@ -124,7 +127,7 @@ class MemoryBank:
         layers = ",".join(map(str, settings.memory_layers))
         selection: Any = settings.selection
         return replace(config, memory=replace(memory, layers=layers, tokens=str(settings.num_kept_tokens),
-                                              selection=selection))
+                                              selection=selection, spread=settings.spread))
 
     def read(self, ids: np.ndarray | Sequence[int], *, kv_heads: slice = slice(None)) -> ExplicitMemories:
         """The memories of ``ids``, in any order and with repeats, decoded; with ``kv_heads`` only those heads.
@@ -148,8 +151,9 @@ class MemoryBank:
             path = self.folder / shard_name(id // self.settings.block_size)
             raise ArtifactError(f"{path}: the record of reference {id} is damaged; run `m3 bank build` "
                                 "into the folder again, it writes damaged shards anew")
-        codes_NLXGKB, positions, num_kept = self.record.unpack(codes, tail, kv_heads)
-        return ExplicitMemories(kv=self.codec.decode(codes_NLXGKB, num_kept), positions=positions, num_kept=num_kept)
+        codes_NLGB, positions, num_kept = self.record.unpack(codes, tail, kv_heads)
+        kv = self.codec.decode(codes_NLGB, positions, num_kept, kv_heads)
+        return ExplicitMemories(kv=kv, positions=positions, num_kept=num_kept)
 
     def _read_bytes(self, ids: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Codes of heads first..last-1 and the tail of each record."""

@@ -18,8 +18,12 @@ from megatron_m3.config.bank import BankConfig
 from megatron_m3.errors import ArtifactError, ConfigError, DataError, M3Error
 from megatron_m3.manifest import Manifest, read_manifest, write_manifest
 from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, ShardFolder
-from megatron_m3.memory.codec import Codec, check_codec, train_codec
+from megatron_m3.memory.codec import KIND as CODEC_KIND
+from megatron_m3.memory.codec import SCHEMA as CODEC_SCHEMA
+from megatron_m3.memory.codec import Codec
+from megatron_m3.memory.codecs import check_codec, load_codec, train_codec
 from megatron_m3.memory.encode import encode_references
+from megatron_m3.memory.sensitivity import Sensitivity, measure_sensitivity
 from megatron_m3.memory.types import ExplicitMemories
 from megatron_m3.memory.work import SharedWork, agree
 from megatron_m3.model.checkpoint import LoadedModel
@@ -74,7 +78,8 @@ class BankJob:
         options, config = self.options, self.loaded.config
         names = ("codec", "codec_sample", "codec_shared", "seed", "block_size", "batch_tokens")
         shape = {"layers": config.memory_layers, "tokens": config.memory.num_kept_tokens,
-                 "selection": config.memory.selection, "prefix": config.memory.prefix, "dtype": config.training.dtype}
+                 "selection": config.memory.selection, "spread": config.memory.spread, "prefix": config.memory.prefix,
+                 "dtype": config.training.dtype}
         return {"kind": KIND, "schema": SCHEMA, "inputs": self.inputs,
                 "settings": shape | {name: getattr(options, name) for name in names}}
 
@@ -84,9 +89,21 @@ class BankJob:
         return BankSettings(
             num_references=len(self.references), block_size=self.options.block_size,
             memory_layers=self.loaded.config.memory_layers, num_kept_tokens=memory.num_kept_tokens,
-            selection=memory.selection, prefix=memory.prefix, reference_length=memory.reference_length,
-            num_kv_heads=model.num_kv_heads, head_size=model.head_size, codec=codec.name, code_bytes=codec.code_bytes,
+            selection=memory.selection, spread=memory.spread, prefix=memory.prefix,
+            reference_length=memory.reference_length, num_kv_heads=model.num_kv_heads, head_size=model.head_size,
+            codec=codec.name, token_bytes=codec.token_bytes,
         )
+
+    def sample_ids(self) -> np.ndarray:
+        """References, drawn uniformly, that the codec is trained on; none for the codec none."""
+        count = min(self.options.codec_sample, len(self.references)) if self.options.codec != "none" else 0
+        drawn = np.random.default_rng(self.options.seed).choice(len(self.references), count, replace=False)
+        return np.sort(drawn)
+
+    def sensitivity(self) -> Sensitivity:
+        """What readers notice, by the sample's references."""
+        tokens, lengths = self.references.tokens(self.sample_ids())
+        return measure_sensitivity(self.loaded, [row[:length] for row, length in zip(tokens, lengths, strict=True)])
 
     def encode(self, ids: np.ndarray | range) -> ExplicitMemories:
         """Memories of some references."""
@@ -119,10 +136,10 @@ def build_bank(options: BankConfig, comm: Any, load: Callable[[Path], LoadedMode
     _write_blocks(job, comm, folder, codec, settings, missing)
     if comm.rank:
         return None
-    _finish(job, folder, settings, Codec.load(folder.folder / CODEC)[1])
+    _finish(job, folder, settings, load_codec(folder.folder / CODEC)[1])
     total = len(job.references) * settings.record.record_bytes
     return (f"{options.output}: {len(job.references):,} memories of {settings.record.record_bytes:,} bytes, "
-            f"{total / 2**20:,.1f} MiB, codec {codec.name} ({codec.code_bytes} bytes a vector)")
+            f"{total / 2**20:,.1f} MiB, codec {codec.name} ({codec.token_bytes} bytes a key and value)")
 
 
 def _open_folder(job: BankJob, comm: Any) -> ShardFolder:
@@ -143,36 +160,38 @@ def _prepare_codec(job: BankJob, comm: Any, folder: ShardFolder) -> Codec:
     place = folder.folder / CODEC
     if not comm.bcast((place / "manifest.json").exists() if comm.rank == 0 else None):
         head_size, dtype = job.loaded.config.model.head_size, job.loaded.config.training.dtype
-        sample = _encode_sample(job, comm) if job.options.codec != "none" else None
+        sample = _encode_sample(job, comm)
         with agree(comm):
             if comm.rank == 0:
-                codec = Codec.none(head_size, dtype)
-                if sample is not None:
-                    codec = train_codec(job.options.codec, sample, dtype=dtype, shared=job.options.codec_shared)
+                codec = train_codec(job.options.codec, sample, dtype=dtype, shared=job.options.codec_shared,
+                                    sensitivity=job.sensitivity)
+                if job.options.codec != "none":
                     key, value = codec.errors(sample)
                     why = f" (auto: what {len(sample.vectors(0)):,} keys can train)" * (job.options.codec == "auto")
-                    print(f"codec {codec.name}{why}: {codec.code_bytes} bytes for {head_size} numbers, squared error "
-                          f"{key:.4f} of keys, {value:.4f} of values", flush=True)
+                    print(f"codec {codec.name}{why}: {codec.token_bytes} bytes for a key and value of {head_size} "
+                          f"numbers each, squared error {key:.4f} of keys, {value:.4f} of values", flush=True)
                 shutil.rmtree(place, ignore_errors=True)
                 codec.save(place, {name: job.inputs[name] for name in ("checkpoint", "references")})
     with agree(comm):
-        return Codec.load(place)[0]
+        return load_codec(place)[0]
     raise AssertionError("agree raises what the block did")
 
 
-def _encode_sample(job: BankJob, comm: Any) -> ExplicitMemories | None:
-    """Memories of the codec's sample, on rank 0: groups of it are shared out in turn and put together in order."""
-    count = min(job.options.codec_sample, len(job.references))
-    ids = np.sort(np.random.default_rng(job.options.seed).choice(len(job.references), count, replace=False))
-    groups = [ids[first : first + GROUP] for first in range(0, count, GROUP)]
+def _encode_sample(job: BankJob, comm: Any) -> ExplicitMemories:
+    """Memories of the codec's sample, on rank 0: groups of it are shared out in turn and put together in order.
+
+    Other ranks, and the codec none, get no memories.
+    """
+    ids = job.sample_ids()
+    groups = [ids[first : first + GROUP] for first in range(0, len(ids), GROUP)]
     mine = []
-    with agree(comm), Progress("codec sample", count, "references", enabled=comm.rank == 0) as progress:
+    with agree(comm), Progress("codec sample", len(ids), "references", enabled=comm.rank == 0) as progress:
         for group in groups[comm.rank :: comm.size]:
             mine.append(job.encode(group))
-            progress.advance(min(len(group) * comm.size, count - progress.count))
+            progress.advance(min(len(group) * comm.size, len(ids) - progress.count))
     gathered = comm.gather(mine)
-    if gathered is None:
-        return None
+    if gathered is None or not len(ids):
+        return job.encode(ids[:0])
     return ExplicitMemories.concatenate([gathered[index % comm.size][index // comm.size]
                                          for index in range(len(groups))])
 
@@ -219,7 +238,7 @@ def _write_blocks(
 
 def _finish(job: BankJob, folder: ShardFolder, settings: BankSettings, codec_hash: str) -> None:
     """Write the manifest, unless it is there already."""
-    codec_files = read_manifest(folder.folder / CODEC, "codec", 1).files
+    codec_files = read_manifest(folder.folder / CODEC, CODEC_KIND, CODEC_SCHEMA).files
     files = folder.files(settings.num_blocks) | {f"{CODEC}/{name}": entry for name, entry in codec_files.items()}
     write_manifest(folder.folder, Manifest(kind=KIND, schema=SCHEMA, inputs=job.inputs | {"codec": codec_hash},
                                            settings=asdict(settings), files=files))

@@ -81,22 +81,26 @@ def _no_memories(config: Config) -> ExplicitMemories:
     return ExplicitMemories.empty(len(config.memory_layers), model.num_kv_heads, kept, model.head_size)
 
 
-@torch.no_grad()
 def _encode_batch(
     loaded: LoadedModel, tokens_NT: Tensor, lengths_N: Tensor, configs: Sequence[Config]
 ) -> list[ExplicitMemories]:
-    """One pass; nothing above the queries, keys and values of the last memory layer is computed."""
+    plan = EncodePlan(configs, len(loaded.prefix_ids), lengths_N.to(next(loaded.model.parameters()).device))
+    run_encoding(loaded, tokens_NT, plan)
+    return plan.memories()
+
+
+@torch.no_grad()
+def run_encoding(loaded: LoadedModel, tokens_NT: Tensor, plan: "EncodePlan") -> None:
+    """One pass; nothing above the queries, keys and values of the plan's last memory layer is computed."""
     model, device = loaded.model, next(loaded.model.parameters()).device
     prefix_P = torch.tensor(loaded.prefix_ids)
     whole_NT = torch.cat([prefix_P.expand(len(tokens_NT), -1), tokens_NT], 1).to(device)
-    plan = EncodePlan(configs, len(prefix_P), lengths_N.to(device))
-    last = max(config.memory_layers[-1] for config in configs)
+    last = max(config.memory_layers[-1] for config in plan.configs)
     hidden_SBE = model.embedding(whole_NT, None)
     for layer in model.decoder.layers[:last]:
         hidden_SBE, _ = layer(hidden_SBE, attention_mask=None, attention_bias=plan)
     top = model.decoder.layers[last]
     plan.keep(last, *top.self_attention.get_query_key_value_tensors(top.input_layernorm(hidden_SBE))[:3])
-    return plan.memories()
 
 
 class EncodePlan:

@@ -1,6 +1,6 @@
 """The record of one reference in a bank: fixed size, so that its place in a shard is a multiplication.
 
-    codes      uint8 [G, L, 2, K, bytes]   G key-value heads, L memory layers, key then value, K kept tokens
+    codes      uint8 [G, L, K * bytes]   G key-value heads, L memory layers, K kept tokens, in the codec's order
     positions  int16 [G, L, K]
     num_kept   int32
     checksums  uint32 [G]                  CRC32 of a head's codes, positions and of num_kept
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 
-def record_bytes(num_heads: int, num_lists: int, num_kept_tokens: int, code_bytes: int) -> int:
+def record_bytes(num_heads: int, num_lists: int, num_kept_tokens: int, token_bytes: int) -> int:
     """Bytes of a record in which ``num_lists`` pairs of a layer and a head, all heads together, hold kept tokens."""
-    return num_lists * num_kept_tokens * (2 * code_bytes + 2) + 4 * num_heads + 4
+    return num_lists * num_kept_tokens * (token_bytes + 2) + 4 * num_heads + 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,13 @@ class RecordLayout:
     num_heads: int
     num_layers: int
     num_kept_tokens: int
-    code_bytes: int
-    """Bytes of one key or value."""
+    token_bytes: int
+    """Bytes of the key and the value of one kept token."""
 
     @property
     def head_bytes(self) -> int:
         """Bytes of one head's codes."""
-        return self.num_layers * 2 * self.num_kept_tokens * self.code_bytes
+        return self.num_layers * self.num_kept_tokens * self.token_bytes
 
     @property
     def codes_bytes(self) -> int:
@@ -57,14 +57,13 @@ class RecordLayout:
         """Bytes of a record."""
         return self.codes_bytes + self.tail_bytes
 
-    def pack(self, codes_NLXGKB: np.ndarray, positions_NLGK: Tensor, num_kept_N: Tensor) -> np.ndarray:
-        """Records of some references, uint8 [N, record_bytes]."""
-        count = len(codes_NLXGKB)
+    def pack(self, codes_NLGB: np.ndarray, positions_NLGK: Tensor, num_kept_N: Tensor) -> np.ndarray:
+        """Records of some references, uint8 [N, record_bytes]; their codes are those of :meth:`Codec.encode`."""
+        count = len(codes_NLGB)
         valid_NK = np.arange(self.num_kept_tokens) < num_kept_N.numpy()[:, None]
-        codes_NGLXKB = codes_NLXGKB.transpose(0, 3, 1, 2, 4, 5) * valid_NK[:, None, None, None, :, None]
         positions_NGLK = positions_NLGK.numpy().transpose(0, 2, 1, 3) * valid_NK[:, None, None, :]
         records = np.empty((count, self.record_bytes), np.uint8)
-        records[:, : self.codes_bytes] = codes_NGLXKB.reshape(count, -1)
+        records[:, : self.codes_bytes] = codes_NLGB.transpose(0, 2, 1, 3).reshape(count, -1)
         codes, positions, num_kept, _ = self.parts(records[:, : self.codes_bytes], records[:, self.codes_bytes :])
         positions[:] = np.ascontiguousarray(positions_NGLK.astype("<i2")).view(np.uint8).reshape(positions.shape)
         num_kept[:] = num_kept_N.numpy().astype("<i4").view(np.uint8).reshape(count, 4)
@@ -103,14 +102,14 @@ class RecordLayout:
     def unpack(
         self, codes: np.ndarray, tail: np.ndarray, heads: slice = slice(None)
     ) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Codes uint8 [N, L, 2, heads, K, bytes], positions int16 [N, L, heads, K], num_kept int32 [N]."""
+        """Codes uint8 [N, L, heads, K * token_bytes], positions int16 [N, L, heads, K], num_kept int32 [N]."""
         code, positions, num_kept, _ = self.parts(codes, tail, heads)
         count, num_heads = code.shape[:2]
-        shape = (count, num_heads, self.num_layers, 2, self.num_kept_tokens, self.code_bytes)
+        shape = (count, num_heads, self.num_layers, self.num_kept_tokens * self.token_bytes)
         places = (count, num_heads, self.num_layers, self.num_kept_tokens)
         placed = np.ascontiguousarray(positions).view("<i2").reshape(places)
         return (
-            code.reshape(shape).transpose(0, 2, 3, 1, 4, 5),
+            code.reshape(shape).transpose(0, 2, 1, 3),
             torch.from_numpy(placed.transpose(0, 2, 1, 3).astype(np.int16)),
             torch.from_numpy(np.ascontiguousarray(num_kept).view("<i4")[:, 0].astype(np.int32)),
         )

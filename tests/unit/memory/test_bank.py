@@ -86,6 +86,15 @@ def test_a_rank_reads_its_heads_alone(raw, heads):
     assert torch.equal(part.positions, whole.positions[:, :, heads])
 
 
+def test_a_rank_decodes_its_heads_by_their_own_transforms(build, memories, tmp_path):
+    bank, ids = open_bank(build(tmp_path / "bank", codec="KLT6")), [9, 300, 2]
+    assert bank.settings.token_bytes == 6
+    whole = bank.read(ids)
+    assert torch.equal(bank.read(ids, kv_heads=slice(1, 2)).kv, whole.kv[:, :, :, 1:])
+    assert torch.equal(bank.codec.round_trip(memories[ids]).kv, whole.kv)
+    assert max(bank.codec.errors(memories)) < 0.2
+
+
 @pytest.mark.parametrize("wrong", [400, -1, 10**12])
 def test_an_id_out_of_range_is_refused(raw, wrong):
     with pytest.raises(DataError, match=f"reference {wrong} is not in 0-399"):
@@ -154,9 +163,9 @@ def test_an_unfinished_bank_is_refused(copy):
 
 
 def test_a_bank_of_another_version_is_refused(copy):
-    manifest = read_manifest(copy, "bank", 1)
-    write_manifest(copy, dataclasses.replace(manifest, schema=2))
-    with pytest.raises(ArtifactError, match="bank schema 2, this version reads 1"):
+    manifest = read_manifest(copy, "bank", 2)
+    write_manifest(copy, dataclasses.replace(manifest, schema=3))
+    with pytest.raises(ArtifactError, match="bank schema 3, this version reads 2"):
         open_bank(copy)
 
 

@@ -132,3 +132,19 @@ def test_no_references_give_no_memories(loaded):
     none = encode_references(loaded, torch.zeros(0, 16, dtype=torch.long), torch.zeros(0, dtype=torch.long))
     assert none.kv.shape == (0, 2, 2, 2, 4, 16)
     assert len(none) == 0
+
+
+def test_one_pass_gives_the_memories_of_every_setting(loaded, references):
+    from megatron_m3.config import replace_fields
+    from megatron_m3.memory import encode_references, encode_variants
+
+    tokens, lengths = references.tokens(range(30))
+    exp = {"layers": "1-2", "selection": "exp", "tokens": "2"}
+    settings = [{"layers": "0,2"}, {"layers": "3", "tokens": "all"}, exp]
+    configs = [replace_fields(loaded.config, {f"memory.{name}": value for name, value in one.items()})
+               for one in settings]
+    variants = encode_variants(loaded, tokens, lengths, configs, batch_tokens=100)
+    for config, variant in zip(configs, variants, strict=True):
+        alone = encode_references(dataclasses.replace(loaded, config=config), tokens, lengths, batch_tokens=100)
+        assert torch.equal(alone.kv, variant.kv)
+        assert torch.equal(alone.positions, variant.positions)

@@ -126,5 +126,5 @@ def test_bytes_are_those_of_the_banks_record(loaded):
     from megatron_m3.memory.record import RecordLayout
 
     config, model = Point.parse(SPARSE).config(loaded.config), loaded.config.model
-    layout = RecordLayout(num_heads=model.num_kv_heads, num_layers=2, num_kept_tokens=3, code_bytes=7)
+    layout = RecordLayout(num_heads=model.num_kv_heads, num_layers=2, num_kept_tokens=3, token_bytes=7)
     assert Bytes.of(config, 7) == Bytes(key_values=layout.codes_bytes, record=layout.record_bytes)

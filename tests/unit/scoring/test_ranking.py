@@ -22,10 +22,15 @@ def loaded(tmp_path_factory):
 def lines(loaded):
     encode = loaded.tokenizer.encode
     return [
-        Example(line=seed, id=seed, context=encode(sentence(seed, 1 + seed % 4)),
-                target=encode(sentence(seed + 50, 1 + seed % 3)), references=[encode(sentence(seed + 90, 5 + seed % 3))])
+        Example(
+            line=seed,
+            id=seed,
+            context=encode(sentence(seed, 1 + seed % 4)),
+            target=encode(sentence(seed + 50, 1 + seed % 3)),
+            references=[encode(sentence(seed + 90, 5 + seed % 3))],
+        )
         for seed in range(5)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,129 @@
+"""Codecs by name: which there are, what they take, their training, and reading them from disk."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from megatron_m3.errors import ArtifactError, ConfigError
+from megatron_m3.manifest import check_files, read_manifest
+from megatron_m3.memory.codec import KIND, SCHEMA, Codec, Dtype, SeparateCodec, check_finite
+from megatron_m3.memory.joint_codec import JointCodec
+from megatron_m3.memory.sensitivity import Sensitivity
+from megatron_m3.memory.types import ExplicitMemories
+from megatron_m3.ops.codec import FaissVectors, vectors_needed
+from megatron_m3.ops.codec.reference import make_index
+
+JOINT = re.compile(r"KLT([1-9]\d*)")
+VECTORS_PER_NUMBER = 2
+"""Fewest kept tokens to train KLT on, for each number of a key and value."""
+
+
+def load_codec(folder: Path) -> tuple[Codec, str]:
+    """A saved codec and its hash.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    manifest = read_manifest(folder, KIND, SCHEMA)
+    check_files(folder, manifest, checksums=True, mend="remove the bank and build it again")
+    files = {name: (folder / name).read_bytes() for name in manifest.files}
+    kinds: dict[str, type[SeparateCodec] | type[JointCodec]] = {"separate": SeparateCodec, "joint": JointCodec}
+    try:
+        return kinds[manifest.settings["kind"]].from_files(manifest.settings, files), manifest.hash
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder}: {error}") from None
+
+
+def check_codec(name: str, head_size: int) -> None:
+    """Check that there is a codec ``name`` for heads of ``head_size`` numbers.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in ("auto", "none"):
+        token_bytes(name, head_size)
+
+
+def token_bytes(name: str, head_size: int) -> int:
+    """Bytes of the key and the value of one kept token with the codec ``name``, other than auto; none is bf16 numbers.
+
+    Raises:
+        ConfigError: there is no such codec.
+    """
+    if name == "none":
+        return 4 * head_size
+    joint = JOINT.fullmatch(name)
+    if joint is None:
+        return 2 * int(make_index(name, head_size).sa_code_size())
+    if int(joint[1]) > 2 * head_size:
+        raise ConfigError(f"codec={name}: takes at most {2 * head_size} bytes for head size {head_size}")
+    return int(joint[1])
+
+
+def train_codec(
+    name: str, sample: ExplicitMemories, *, dtype: Dtype = "fp32", shared: bool = False,
+    sensitivity: Callable[[], Sensitivity] | None = None,
+) -> Codec:
+    """The codec ``name`` for memories like ``sample``; same sample, same bytes.
+
+    Args:
+        name: auto, none, KLT and the bytes of a key and value, or a FAISS factory string.
+        sample: memories of references that were drawn uniformly.
+        dtype: numbers of the codec none.
+        shared: one FAISS codebook for keys and values together.
+        sensitivity: measures what readers notice; KLT asks for it.
+
+    Raises:
+        ConfigError: the sample holds fewer vectors than the construction needs, or there is none of that name.
+    """
+    head_size = sample.kv.shape[-1]
+    if name == "none":
+        return SeparateCodec.none(head_size, dtype)
+    kept = int(sample.num_kept.sum())
+    count = kept * sample.kv.shape[1] * sample.kv.shape[3]
+    if name == "auto":
+        name = choose_factory(head_size, count)
+    size = token_bytes(name, head_size)
+    check_finite(sample)
+    if JOINT.fullmatch(name):
+        _check_sample(name, sample, kept, VECTORS_PER_NUMBER * 2 * head_size, "kept tokens")
+        assert sensitivity is not None, "KLT needs to know what readers notice"
+        return JointCodec.train(size, sample, sensitivity())
+    _check_sample(name, sample, count, vectors_needed(name), "keys")
+    key, value = sample.vectors(0), sample.vectors(1)
+    if shared:
+        both = FaissVectors.train(name, np.concatenate([key, value]))
+        return SeparateCodec(name=name, head_size=head_size, dtype=dtype, key=both, value=both)
+    return SeparateCodec(name=name, head_size=head_size, dtype=dtype, key=FaissVectors.train(name, key),
+                         value=FaissVectors.train(name, value))
+
+
+def _check_sample(name: str, sample: ExplicitMemories, count: int, needed: int, what: str) -> None:
+    if count < needed:
+        raise ConfigError(
+            f"codec={name}: needs {needed:,} {what} to train on, the sample of {len(sample):,} references "
+            f"has {count:,}; give a larger codec_sample, more references, or codec=auto"
+        )
+
+
+def choose_factory(head_size: int, num_vectors: int) -> str:
+    """The construction that ``auto`` stands for: the first of these that the head size and the data allow.
+
+    1. ``OPQ{D/4}_{D},Residual2x14,PQ8x10``, the paper's 14 bytes, from 638,976 vectors on;
+    2. ``Residual2x8,PQ16x6``, 14 bytes, from 9,984 vectors on (head sizes divisible by 16);
+    3. ``Residual2x8,PQ8x8``, 10 bytes, from 9,984 vectors on (head sizes divisible by 8);
+    4. ``Residual2x6,PQ16x6``, 14 bytes, from 2,496 vectors on (head sizes divisible by 16);
+    5. ``SQ4``, half a byte a number, from 2 vectors on.
+    """
+    ladder = [
+        (f"OPQ{head_size // 4}_{head_size},Residual2x14,PQ8x10", 8),
+        ("Residual2x8,PQ16x6", 16),
+        ("Residual2x8,PQ8x8", 8),
+        ("Residual2x6,PQ16x6", 16),
+    ]
+    for factory, divisor in ladder:
+        if head_size % divisor == 0 and num_vectors >= vectors_needed(factory):
+            return factory
+    return "SQ4"
