@@ -1,7 +1,7 @@
 """The memory bank as transformers' models read it, and the retriever over its references.
 
 Legend of shape suffixes: N references or chunks, G kv heads, D head size, L memory layers, X key or value, K kept
-tokens, M memory slots, B bytes of one key or value.
+tokens, M memory slots, B bytes, C pairs of a memory layer and a kv head, A bits of a code, E key and value together.
 """
 
 import hashlib
@@ -13,15 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
-SCHEMA = 1
+SCHEMA = 2
 """Of banks and codecs."""
-BANK_SETTINGS = {"num_references", "block_size", "memory_layers", "num_kept_tokens", "selection", "prefix",
-                 "reference_length", "num_kv_heads", "head_size", "codec", "code_bytes"}
-CODEC_SETTINGS = {"name", "head_size", "dtype", "shared"}
+BANK_SETTINGS = {"num_references", "block_size", "memory_layers", "num_kept_tokens", "selection", "spread", "prefix",
+                 "reference_length", "num_kv_heads", "head_size", "codec", "token_bytes"}
+CODEC_SETTINGS = {"separate": {"kind", "name", "head_size", "dtype", "shared"},
+                  "joint": {"kind", "name", "head_size", "num_heads"}}
 NEWER = "this modelling file does not know it; export the model again with a newer `m3 convert to-hf --memory`"
 
+Decode = Callable[[np.ndarray, Tensor, int], Tensor]
+"""Codes uint8 [G, L, B], positions int16 [G, L, K] and how many of K tokens are kept, to float32 [L, X, G, kept, D]."""
 Retrieve = Callable[[Sequence[Sequence[int]], int], tuple[Any, Any, Any]]
 """Token ids of N chunks and the number k of references for each, to ids, scores and validity, [N, k] each."""
 
@@ -40,7 +44,8 @@ class Bank:
             BankError: not a bank, a damaged one, or one of another model.
         """
         self.folder = Path(folder)
-        manifest = _read_manifest(self.folder, "bank", BANK_SETTINGS)
+        manifest = _read_manifest(self.folder, "bank")
+        _check_settings(self.folder, manifest, BANK_SETTINGS)
         for role in ("checkpoint", "tokenizer"):
             _check_input(self.folder, manifest, role, memory["hashes"][role])
         self.references_hash, self.settings = manifest["inputs"]["references"], manifest["settings"]
@@ -49,7 +54,7 @@ class Bank:
                 raise BankError(f"{self.folder}: written with {name} {self.settings[name]!r}, the model has "
                                 f"{memory[name]!r}; build the bank again")
         self.layers: list[int] = self.settings["memory_layers"]
-        self.decoders = _open_codec(self.folder / "codec", manifest)
+        self.decode = _open_codec(self.folder / "codec", manifest)
 
     def fetch(self, ids: Sequence[int]) -> Tensor:
         """Keys (rotated) and values of the kept tokens of some references, one after another, [L, X, G, M, D]."""
@@ -57,30 +62,26 @@ class Bank:
         return torch.cat([torch.zeros(shape), *map(self._read, ids)], 3)
 
     def _read(self, id: int) -> Tensor:
-        """Float32 [L, X, G, kept, D] of one record: codes [G, L, X, K, B], positions, num_kept, sums by head."""
+        """Float32 [L, X, G, kept, D] of one record: codes [G, L, B], positions [G, L, K], num_kept, sums by head."""
         G, L, K = self.settings["num_kv_heads"], len(self.layers), self.settings["num_kept_tokens"]
-        B, in_shard = self.settings["code_bytes"], self.settings["block_size"]
+        in_shard = self.settings["block_size"]
         if not 0 <= id < self.settings["num_references"]:
             raise BankError(f"{self.folder}: reference {id} is not in 0-{self.settings['num_references'] - 1}")
-        sizes = [G * L * 2 * K * B, G * 2 * L * K, 4, 4 * G]
+        sizes = [G * L * K * self.settings["token_bytes"], G * 2 * L * K, 4, 4 * G]
         path = self.folder / f"shard_{id // in_shard:06d}.bin"
         with path.open("rb") as stream:
             stream.seek(id % in_shard * sum(sizes))
-            data = np.fromfile(stream, np.uint8, sum(sizes))
-        parts = np.split(data, np.cumsum(sizes))
-        codes, places, num_kept = parts[0].reshape(G, -1), parts[1].reshape(G, -1), parts[2]
-        sums = [zlib.crc32(num_kept, zlib.crc32(places[head], zlib.crc32(codes[head]))) for head in range(G)]
+            parts = np.split(np.fromfile(stream, np.uint8, sum(sizes)), np.cumsum(sizes))
+        codes, positions, num_kept = parts[0].reshape(G, -1), parts[1].reshape(G, -1), parts[2]
+        sums = [zlib.crc32(num_kept, zlib.crc32(positions[head], zlib.crc32(codes[head]))) for head in range(G)]
         if parts[3].tobytes() != np.array(sums, "<u4").tobytes():
             raise BankError(f"{path}: the record of reference {id} is damaged; build the bank again")
-        kept = int.from_bytes(num_kept.tobytes(), "little")
-        codes_GLXKB = codes.reshape(G, L, 2, K, B)[:, :, :, :kept]
-        decoded = [decode(np.ascontiguousarray(codes_GLXKB[:, :, part]).reshape(-1, B)).reshape(G, L, kept, -1)
-                   for part, decode in enumerate(self.decoders)]
-        return torch.from_numpy(np.stack(decoded)).permute(2, 0, 1, 3, 4)
+        positions_GLK = torch.from_numpy(positions.copy().view("<i2").astype(np.int16).reshape(G, L, K))
+        return self.decode(codes.reshape(G, L, -1), positions_GLK, int.from_bytes(num_kept.tobytes(), "little"))
 
 
-def _read_manifest(folder: Path, kind: str, known: set[str]) -> dict[str, Any]:
-    """The manifest of a bank or codec whose settings are ``known``; the sizes of its files are checked."""
+def _read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """The manifest of a bank or codec; the sizes of its files are checked."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
@@ -92,15 +93,18 @@ def _read_manifest(folder: Path, kind: str, known: set[str]) -> dict[str, Any]:
     if found != kind:
         raise BankError(f"{folder}: is of kind {found}, not {kind}")
     if schema != SCHEMA:
-        raise BankError(f"{folder}: {kind} schema {schema}: {NEWER}")
+        raise BankError(f"{folder}: {kind} schema {schema}, not {SCHEMA}: {NEWER}")
     if digest != recorded:
         raise BankError(f"{path}: changed after it was written; build the bank again")
-    for name in sorted(known ^ set(manifest["settings"])):
-        raise BankError(f"{folder}: {kind} setting {name}: {NEWER}")
     for name, file in manifest["files"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != file["bytes"]:
             raise BankError(f"{folder / name}: missing or cut short; build the bank again")
     return manifest | {"hash": digest}
+
+
+def _check_settings(folder: Path, manifest: dict[str, Any], known: set[str]) -> None:
+    for name in sorted(known ^ set(manifest["settings"])):
+        raise BankError(f"{folder}: {manifest['kind']} setting {name}: {NEWER}")
 
 
 def _check_input(folder: Path, manifest: dict[str, Any], role: str, actual: str) -> None:
@@ -110,24 +114,77 @@ def _check_input(folder: Path, manifest: dict[str, Any], role: str, actual: str)
                         "the bank of this model")
 
 
-def _open_codec(folder: Path, bank: dict[str, Any]) -> list[Callable[[np.ndarray], np.ndarray]]:
-    """Decoders of keys and of values: codes uint8 [N, B] to float32 [N, D]."""
-    manifest = _read_manifest(folder, "codec", CODEC_SETTINGS)
+def _open_codec(folder: Path, bank: dict[str, Any]) -> Decode:
+    manifest = _read_manifest(folder, "codec")
     _check_input(folder.parent, bank, "codec", manifest["hash"])
-    if manifest["settings"]["name"] == "none":
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[manifest["settings"]["dtype"]]
-        return [lambda codes: torch.from_numpy(codes).view(dtype).float().numpy()] * 2
+    settings, files = manifest["settings"], {}
+    kind = settings.get("kind")
+    if kind not in CODEC_SETTINGS:
+        raise BankError(f"{folder}: codec kind {kind}: {NEWER}")
+    _check_settings(folder, manifest, CODEC_SETTINGS[kind])
+    for name, file in sorted(manifest["files"].items()):
+        files[name] = (folder / name).read_bytes()
+        if hashlib.sha256(files[name]).hexdigest() != file["sha256"]:
+            raise BankError(f"{folder / name}: checksum differs from the manifest; build the bank again")
+    if kind == "joint":
+        return JointCodec(files["keys_and_values.safetensors"], settings).decode
+    if settings["name"] != "none":
+        return SeparateCodec([_faiss_decoder(folder, data) for data in files.values()]).decode
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["dtype"]]
+    return SeparateCodec([lambda codes_KB: torch.from_numpy(codes_KB).view(dtype).float().numpy()]).decode
+
+
+def _faiss_decoder(folder: Path, data: bytes) -> Callable[[np.ndarray], np.ndarray]:
     try:
         import faiss
     except ImportError:
-        raise ImportError(f"{folder.parent}: the bank is compressed; install faiss-cpu to read it") from None
-    indexes = []
-    for name, file in sorted(manifest["files"].items()):
-        data = (folder / name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != file["sha256"]:
-            raise BankError(f"{folder / name}: checksum differs from the manifest; build the bank again")
-        indexes.append(faiss.deserialize_index(np.frombuffer(data, np.uint8)))
-    return [indexes[0].sa_decode, indexes[-1].sa_decode]
+        raise ImportError(f"{folder.parent}: compressed with FAISS; install faiss-cpu to read it") from None
+    return faiss.deserialize_index(np.frombuffer(data, np.uint8)).sa_decode
+
+
+class SeparateCodec:
+    """Codes of keys, then codes of values: numbers, or FAISS codes."""
+
+    def __init__(self, decoders: list[Callable[[np.ndarray], np.ndarray]]) -> None:
+        """One decoder for both or one for each: uint8 [K, B] to float32 [K, D]."""
+        self.decoders = (decoders[0], decoders[-1])
+
+    def decode(self, codes_GLB: np.ndarray, positions_GLK: Tensor, kept: int) -> Tensor:
+        """See :data:`Decode`."""
+        codes_GLXKB = codes_GLB.reshape(*codes_GLB.shape[:2], 2, positions_GLK.shape[2], -1)[:, :, :, :kept]
+        shape = (*codes_GLB.shape[:2], kept, -1)
+        parts = [decode(np.ascontiguousarray(codes_GLXKB[:, :, part]).reshape(-1, codes_GLXKB.shape[-1])).reshape(shape)
+                 for part, decode in enumerate(self.decoders)]
+        return torch.from_numpy(np.stack(parts)).permute(2, 0, 1, 3, 4)
+
+
+class JointCodec:
+    """Codes of tokens, key and value together: a transform for each layer and head, keys turned back to position 0."""
+
+    def __init__(self, data: bytes, settings: dict[str, Any]) -> None:
+        tensors = load(data)
+        self.frequency, self.mean_CE, self.from_CEE = (tensors[name] for name in ("frequency", "mean_CD", "from_CDD"))
+        bits_CE = tensors["bits_CD"].int()
+        # where the bits of a code stand among 8 bits for every coordinate
+        stored = (torch.arange(8) >= 8 - bits_CE[..., None]).flatten(1)
+        self.places_CA = stored.nonzero()[:, 1].reshape(len(stored), -1).numpy()
+        self.levels, self.rows_CE = tensors["levels"].flatten(), 256 * bits_CE
+        self.head_size: int = settings["head_size"]
+
+    def decode(self, codes_GLB: np.ndarray, positions_GLK: Tensor, kept: int) -> Tensor:
+        """See :data:`Decode`."""
+        G, L, K = positions_GLK.shape
+        codes_CKB = codes_GLB.reshape(G, L, K, -1)[:, :, :kept].swapaxes(0, 1).reshape(L * G, kept, -1)
+        every_CKA = np.zeros((L * G, kept, 8 * self.mean_CE.shape[1]), np.uint8)
+        np.put_along_axis(every_CKA, self.places_CA[:, None], np.unpackbits(codes_CKB, axis=-1), -1)
+        level_CKE = torch.from_numpy(np.packbits(every_CKA, axis=-1)).int()
+        vectors_CKE = self.levels[level_CKE + self.rows_CE[:, None]] @ self.from_CEE + self.mean_CE[:, None]
+        key_LGKD, value_LGKD = vectors_CKE.view(L, G, kept, 2, self.head_size).unbind(3)
+        angle = positions_GLK[:, :, :kept].swapaxes(0, 1)[..., None].double() * self.frequency
+        cosine, sine = angle.cos().float(), angle.sin().float()
+        first, second = key_LGKD.chunk(2, -1)
+        turned_LGKD = torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+        return torch.stack([turned_LGKD, value_LGKD], 1)
 
 
 class Tokens:

@@ -4,8 +4,8 @@
     model.open_bank("bank", index="index", references="references")
     found = model.generate_with_recall(**tokenizer(prompts), max_new_tokens=64)
 
-``generate``, ``forward`` and all else stay transformers' own. It needs torch, transformers and numpy; faiss where the
-bank is compressed, and the package megatron_m3 where no other retriever is given.
+``generate``, ``forward`` and all else stay transformers' own. It needs transformers and what that brings, faiss where
+FAISS compressed the bank, and the package megatron_m3 where no other retriever is given.
 
 Legend of shape suffixes: S tokens read, T cached tokens, H query heads, G kv heads, D head size, V vocabulary,
 L memory layers, X key or value, M memory slots.
@@ -35,6 +35,8 @@ from transformers.utils import cached_file
 from ckpt_convert.hf_memory.bank_memory3 import Bank, BankError, Retrieve, Tokens, open_retriever
 
 ATTENTION = "memory3"
+MIN_TEMPERATURE = 1e-3
+"""Below it a division of the logits can overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,27 +165,29 @@ class Recall:
 
     @torch.no_grad()
     def generate_with_recall(self, input_ids: Tensor | Sequence[Sequence[int]],
-                             attention_mask: Tensor | Sequence[Sequence[int]] | None = None, *,
-                             max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                             seed: int = 0, stop_at_eos: bool = True, **unused: Any) -> list[Generation]:
+                             attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
+                             token_type_ids: object = None, *, max_new_tokens: int = 128, temperature: float = 0.0,
+                             top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+                             stop_at_eos: bool = True) -> list[Generation]:
         """Continue every prompt, one after another, with new memories after every chunk; see ``open_bank``.
 
         Args:
             input_ids: token ids of the prompts, with or without a BOS.
             attention_mask: 0 where a prompt is padded.
+            token_type_ids: not read; some tokenizers return them.
             max_new_tokens: tokens after which a text ends, if EOS does not end it before.
             temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
             top_k: draw among this many likeliest tokens; 0 among all.
             top_p: draw among the fewest likeliest tokens whose probabilities sum to this.
             seed: random stream; a text depends on it and on its prompt, not on the other prompts.
             stop_at_eos: False goes on behind EOS, to the limit.
-            unused: further entries that a tokenizer returns.
         """
         if self.bank is None:
             raise BankError("no bank: call open_bank before generate_with_recall")
-        if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise ValueError("generate_with_recall: max_new_tokens must be at least 1, temperature and top_k at least "
-                             "0, top_p above 0 and at most 1")
+        is_drawable = temperature == 0 or MIN_TEMPERATURE <= temperature < float("inf")
+        if max_new_tokens < 1 or not is_drawable or top_k < 0 or not 0 < top_p <= 1:
+            raise ValueError("generate_with_recall: max_new_tokens must be at least 1, temperature 0 or at least "
+                             f"{MIN_TEMPERATURE}, top_k at least 0, top_p above 0 and at most 1")
         eos = self.config.eos_token_id
         stops = set() if not stop_at_eos else {eos} if isinstance(eos, int) else set(eos)
         seen: Counter[tuple[int, ...]] = Counter()

@@ -21,9 +21,9 @@ from tests.launcher import run_command
 from tests.tiny_model import joined_world, sentence, tiny_model
 
 FAMILIES = {"llama": {}, "qwen3": {"model__qk_norm": "true"}, "qwen2": {"model__qkv_bias": "true"}, "mistral": {}}
-CODECS = [("llama", "none"), ("llama", "SQ4"), ("qwen3", "none"), ("qwen3", "SQ8"), ("qwen2", "none"),
-          ("mistral", "SQ4")]
-PROMPT_WORDS, NEW_TOKENS = (0, 1, 3, 5, 14), 20
+CODECS = [("llama", "none"), ("llama", "KLT12"), ("qwen3", "none"), ("qwen3", "SQ4"), ("qwen2", "KLT20"),
+          ("mistral", "SQ8")]
+PROMPT_WORDS, NEW_TOKENS = (0, 1, 5, 14), 20
 
 
 def save_model(folder: Path, family: str) -> None:
@@ -99,7 +99,7 @@ def knowledge(folder: Path) -> dict[str, str]:
 
 
 def prompts(engine: Any) -> list[list[int]]:
-    """No token, less than a chunk of 8, a chunk and its last place, and several chunks."""
+    """No token, less than a chunk of 8, a whole chunk, and several chunks."""
     return [engine.loaded.tokenizer.encode(sentence(seed, words)) for seed, words in enumerate(PROMPT_WORDS)]
 
 
@@ -118,16 +118,13 @@ def test_transformers_generates_what_the_engine_does(folder: Path, exported: Any
     assert type(model).__name__.startswith("Memory3")
     bank_folder = bank(family, codec)
     engine = engine_of(folder, family, bank_folder)
-    ids = prompts(engine)
-    expected, _ = engine.generate_tokens(ids, NEW_TOKENS)
+    ids, stop_at_eos = prompts(engine), family == "mistral"
+    expected, _ = engine.generate_tokens(ids, NEW_TOKENS, stop_at_eos=stop_at_eos)
     model.open_bank(bank_folder, **knowledge(folder))
-    found = model.generate_with_recall(ids, max_new_tokens=NEW_TOKENS)
+    found = model.generate_with_recall(ids, max_new_tokens=NEW_TOKENS, stop_at_eos=stop_at_eos)
     assert [summary(one) for one in found] == [summary(one) for one in expected]
-    assert max(len(one.tokens) for one in found) == NEW_TOKENS
+    assert any(one.ended for one in found) == stop_at_eos
     assert {chunk.first_token for one in found for chunk in one.chunks if chunk.part == "generated"} == {0, 8, 16}
-    model.bank.fetch = lambda ids, fetch=model.bank.fetch: fetch([])
-    blank = model.generate_with_recall(ids, max_new_tokens=NEW_TOKENS)
-    assert [one.tokens for one in blank] != [one.tokens for one in found], "memories matter"
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +135,19 @@ def opened(folder: Path, exported: Any, bank: Any) -> tuple[Any, Any]:
     return model, engine_of(folder, "llama", path)
 
 
+def test_memories_matter(opened: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, engine = opened
+    prompt, fetch = prompts(engine)[3], model.bank.fetch
+    found = model.generate_with_recall(prompt, max_new_tokens=NEW_TOKENS)
+    monkeypatch.setattr(model.bank, "fetch", lambda ids: fetch([]))
+    assert model.generate_with_recall(prompt, max_new_tokens=NEW_TOKENS) != found
+
+
 def test_draws_are_the_engines_and_depend_on_the_seed(opened: tuple[Any, Any]) -> None:
     from megatron_m3.inference.sampling import Sampling
 
     model, engine = opened
-    ids = [prompts(engine)[3]] * 2
+    ids = [prompts(engine)[2]] * 2
     texts = set()
     for seed in (1, 2):
         options = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": seed}
@@ -173,7 +178,7 @@ def test_a_retriever_of_ones_own(opened: tuple[Any, Any], exported: Any, bank: A
         return np.array([[3, -9]] * len(chunks)), np.ones((len(chunks), k)), np.array([[True, False]] * len(chunks))
 
     model.open_bank(bank("llama", "none"), retriever)
-    prompt = prompts(engine)[4][:12]
+    prompt = prompts(engine)[3][:12]
     (found,) = model.generate_with_recall([prompt], max_new_tokens=20, stop_at_eos=False)
     assert asked == [prompt[:8], prompt[8:], found.tokens[:8], found.tokens[8:16]]
     assert {one.id for chunk in found.chunks for one in chunk.references} == {3}
@@ -186,8 +191,9 @@ def test_plain_generation_is_transformers_own(exported: Any, opened: tuple[Any, 
     plain = AutoModelForCausalLM.from_pretrained(exported("llama"))
     assert type(plain).__name__ == "LlamaForCausalLM"
     model, engine = opened
-    ids = torch.tensor([[engine.loaded.tokenizer.bos_id, *prompts(engine)[4]]])
+    ids = torch.tensor([[engine.loaded.tokenizer.bos_id, *prompts(engine)[3]]])
     model.generate_with_recall(ids, max_new_tokens=1)
+    assert model.config._attn_implementation == plain.config._attn_implementation
     expected = plain.generate(ids, max_new_tokens=10, do_sample=False)
     assert model.generate(ids, max_new_tokens=10, do_sample=False).equal(expected)
 
@@ -203,14 +209,15 @@ def test_a_saved_model_keeps_its_memory(opened: tuple[Any, Any], tmp_path: Path,
         one.tokens for one in model.generate_with_recall(ids, max_new_tokens=10)]
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest and sign it again."""
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    """Change a manifest and sign it again; its hash."""
     from megatron_m3.manifest import Manifest, write_manifest
 
     fields = json.loads((path / "manifest.json").read_text())
     del fields["hash"]
     change(fields)
     write_manifest(path, Manifest(**fields))
+    return Manifest(**fields).hash
 
 
 def copy_of(source: Path, target: Path) -> Path:
@@ -223,7 +230,7 @@ def copy_of(source: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    (lambda fields: fields.update(schema=2), "bank schema 2: this modelling file does not know it"),
+    (lambda fields: fields.update(schema=1), "bank schema 1, not 2: this modelling file does not know it"),
     (lambda fields: fields["settings"].update(heads="1"), "bank setting heads: this modelling file"),
     (lambda fields: fields["inputs"].update(tokenizer="0" * 64), "made from another tokenizer"),
     (lambda fields: fields["settings"].update(prefix="See:"), "written with prefix 'See:'"),
@@ -240,6 +247,23 @@ def test_a_bank_that_the_file_does_not_know_is_refused(opened: tuple[Any, Any], 
     assert "\n" not in str(caught.value)
 
 
+def test_other_references_than_the_banks_are_refused(opened: tuple[Any, Any], tmp_path: Path, folder: Path) -> None:
+    model, _ = opened
+    path = copy_of(model.bank.folder, tmp_path / "bank")
+    rewrite(path, lambda fields: fields["inputs"].update(references="0" * 64))
+    with pytest.raises(ValueError, match="made from other references than"):
+        model.open_bank(path, **knowledge(folder))
+
+
+def test_a_codec_that_the_file_does_not_know_is_refused(opened: tuple[Any, Any], tmp_path: Path) -> None:
+    model, _ = opened
+    path = copy_of(model.bank.folder, tmp_path / "bank")
+    hash = rewrite(path / "codec", lambda fields: fields["settings"].update(kind="best"))
+    rewrite(path, lambda fields: fields["inputs"].update(codec=hash))
+    with pytest.raises(ValueError, match="codec kind best: this modelling file does not know it"):
+        model.open_bank(path, retriever=model.retrieve)
+
+
 def test_a_bank_of_another_model_is_refused(exported: Any, bank: Any, opened: tuple[Any, Any], folder: Path) -> None:
     model = load(exported("qwen3"))
     with pytest.raises(ValueError, match="made from another checkpoint"):
@@ -250,7 +274,7 @@ def test_a_bank_of_another_model_is_refused(exported: Any, bank: Any, opened: tu
 
 def test_damage_is_seen(opened: tuple[Any, Any], bank: Any, tmp_path: Path) -> None:
     model, _ = opened
-    path = copy_of(bank("llama", "SQ4"), tmp_path / "bank")
+    path = copy_of(bank("llama", "KLT12"), tmp_path / "bank")
     model_bank = type(model.bank)(path, model.config.memory)
     size = (path / "shard_000000.bin").stat().st_size // 16
     whole = (path / "shard_000001.bin").read_bytes()
@@ -267,11 +291,17 @@ def test_damage_is_seen(opened: tuple[Any, Any], bank: Any, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="missing or cut short"):
         model.open_bank(path, retriever=model.retrieve)
     (path / "shard_000001.bin").write_bytes(whole)
-    code = bytearray((path / "codec" / "keys.faiss").read_bytes())
-    code[-1] ^= 1
-    (path / "codec" / "keys.faiss").write_bytes(code)
-    with pytest.raises(ValueError, match=r"keys\.faiss: checksum differs"):
+    file = path / "codec" / "keys_and_values.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"keys_and_values\.safetensors: checksum differs"):
         model.open_bank(path, retriever=model.retrieve)
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": 1e-320},
+                                     {"top_k": -1}, {"top_p": 0.0}])
+def test_options_that_cannot_be_are_refused(opened: tuple[Any, Any], options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="generate_with_recall: max_new_tokens must be"):
+        opened[0].generate_with_recall([[5]], **options)
 
 
 def test_open_bank_says_what_is_missing(opened: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +323,7 @@ def test_neither_megatron_core_nor_the_package_is_needed() -> None:
         imported = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
                     for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)}
         others = {str(name).split(".")[0] for name in imported} - sys.stdlib_module_names
-        assert others <= {"torch", "transformers", "numpy", "ckpt_convert"}
+        assert others <= {"torch", "transformers", "safetensors", "numpy", "ckpt_convert"}
     code = ("import sys, megatron_m3.retrieval, megatron_m3.tokenizer; "
             "sys.exit(any(name.split('.')[0] in ('megatron', 'torch') for name in sys.modules))")
     run_command([sys.executable, "-c", code])
