@@ -206,7 +206,8 @@ def _head_result(choice: "Choice") -> dict[str, Any]:
     by_layer = itertools.groupby(choice.units, lambda unit: unit[0])
     spec = ";".join(f"{layer}:{','.join(str(unit[1]) for unit in units)}" for layer, units in by_layer)
     saves = [{"layer": unit[0], "head": unit[1], "saves": value} for unit, value in sorted(choice.saves.items())]
-    return {"memory_heads": spec, "loss": choice.loss, "saves": saves, "path": choice.path}
+    layers = layer_ranges(sorted({unit[0] for unit in choice.units}))
+    return {"memory_layers": layers, "memory_heads": spec, "loss": choice.loss, "saves": saves, "path": choice.path}
 
 
 def describe(result: dict[str, Any]) -> list[str]:
@@ -224,7 +225,8 @@ def describe(result: dict[str, Any]) -> list[str]:
     ]
     if heads:
         lines.append(
-            f"by head:  --memory.heads '{heads['memory_heads']}'   loss {heads['loss']:.4f}, "
+            f"by head:  --memory.layers {heads['memory_layers']} --memory.heads '{heads['memory_heads']}'   "
+            f"loss {heads['loss']:.4f}, "
             f"{heads['key_value_bytes']:,} bytes of keys and values a reference, record {heads['record_bytes']:,}"
         )
     return [*lines, f"{result['seconds']:.0f} s; all of it in {result['options']['output']}"]

@@ -28,6 +28,8 @@ class ScoreOptions:
     them as text; shuffled: explicit with another line's references."""
     memory_layers: str | None = None
     """Memory layers, such as 8-24; by default the checkpoint's."""
+    memory_heads: str | None = None
+    """Memory heads, such as all or 8:0,2;9:1; by default the checkpoint's."""
     memory_tokens: str | None = None
     """Tokens kept of a reference for each key-value head: a number, or all; by default the checkpoint's."""
     codec: str = "none"
@@ -79,7 +81,8 @@ def score(options: ScoreOptions) -> dict[str, Any]:
     started = time.perf_counter()
     check_output(options)
     loaded = load_model(Path(options.checkpoint), dtype=options.dtype)
-    given = {"memory.layers": options.memory_layers, "memory.tokens": options.memory_tokens}
+    given = {"memory.layers": options.memory_layers, "memory.heads": options.memory_heads,
+             "memory.tokens": options.memory_tokens}
     config = replace_fields(loaded.config, {name: text for name, text in given.items() if text is not None})
     loaded, memory = replace(loaded, config=config), config.memory
     reads_references = options.mode in ("explicit", "shuffled")

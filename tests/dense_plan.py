@@ -34,7 +34,8 @@ def causal_plan(config, length):
 def recompute_plan(config, prefix_length, reference_lengths, context_length, reads=None):
     """``[prefix | references | context]`` in one pass: references see the prefix and themselves.
 
-    In memory layers context token i sees the references ``reads(i)`` (all by default) whole, in other layers none.
+    In memory layers context token i sees the references ``reads(i)`` (all by default) whole, in other layers none; nor
+    do heads see any that are not memory heads.
     """
     part = [-1] * prefix_length
     positions = list(range(prefix_length))
@@ -46,7 +47,7 @@ def recompute_plan(config, prefix_length, reference_lengths, context_length, rea
     total = first + context_length
     causal = torch.ones(total, total, dtype=torch.bool).tril()
 
-    def visible(layer):
+    def visible(layer, head):
         see = causal.clone()
         for row in range(prefix_length, total):
             for column in range(prefix_length, first):
@@ -54,8 +55,16 @@ def recompute_plan(config, prefix_length, reference_lengths, context_length, rea
                     see[row, column] &= part[row] == part[column]
                 else:
                     read = reads(row - first) if reads else range(len(reference_lengths))
-                    see[row, column] = layer in config.memory_layers and part[column] in read
+                    see[row, column] = head in config.memory_heads.get(layer, ()) and part[column] in read
         return see
 
-    seen = {layer: visible(layer) for layer in range(config.model.num_layers)}
+    heads, share = config.model.num_kv_heads, config.model.num_heads // config.model.num_kv_heads
+    seen = {}
+    for layer in range(config.model.num_layers):
+        readers = config.memory_heads.get(layer, ())
+        whole = visible(layer, readers[0] if readers else None)
+        if 0 < len(readers) < heads:
+            blind = visible(layer, None)
+            whole = torch.stack([whole if head // share in readers else blind for head in range(heads * share)])
+        seen[layer] = whole
     return DensePlan(config, torch.tensor(positions), seen.__getitem__)

@@ -94,6 +94,8 @@ class MemoryConfig:
 
     layers: str = "first-half"
     """Memory layers, counted from 0: first-half, all, or ranges such as 8-24 or 0-3,6 (both ends included)."""
+    heads: str = "all"
+    """Memory heads: all key-value heads of the memory layers, or those of each layer, such as 8:0,2;9:1."""
     tokens: str = "8"
     """Tokens kept of a reference for each key-value head: a number, or all."""
     curriculum: float = 0.0
@@ -154,3 +156,21 @@ class MemoryConfig:
                 raise ConfigError(f"memory.layers={self.layers}: the model has layers 0-{num_layers - 1}")
             chosen.update(range(first, last + 1))
         return tuple(sorted(chosen))
+
+    def memory_heads(self, num_layers: int, num_kv_heads: int) -> dict[int, tuple[int, ...]]:
+        """The key-value heads that hold memory, ascending, by memory layer."""
+        layers = self.memory_layers(num_layers)
+        if self.heads == "all":
+            return {layer: tuple(range(num_kv_heads)) for layer in layers}
+        parts = [part.strip().partition(":") for part in self.heads.split(";")]
+        if not all(layer.isdecimal() and all(map(str.isdecimal, heads.split(","))) for layer, _, heads in parts):
+            raise ConfigError(f"memory.heads={self.heads}: give all, or the heads of each layer such as 8:0,2;9:1")
+        chosen = {int(layer): tuple(sorted({int(head) for head in heads.split(",")})) for layer, _, heads in parts}
+        if len(chosen) < len(parts) or set(chosen) != set(layers):
+            raise ConfigError(
+                f"memory.heads={self.heads}: must name each memory layer once, and no other; memory.layers is "
+                f"{self.layers}"
+            )
+        if max(heads[-1] for heads in chosen.values()) >= num_kv_heads:
+            raise ConfigError(f"memory.heads={self.heads}: the model has key-value heads 0-{num_kv_heads - 1}")
+        return {layer: chosen[layer] for layer in layers}

@@ -215,7 +215,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        self.memory.memory_layers(self.model.num_layers)
+        self.memory.memory_heads(self.model.num_layers, self.model.num_kv_heads)
         if self.data.sequence_length % self.memory.chunk_length:
             raise ConfigError(
                 f"data.sequence_length={self.data.sequence_length}: must be a multiple of "
@@ -227,6 +227,11 @@ class Config:
     def memory_layers(self) -> tuple[int, ...]:
         """Layers that hold explicit memory, ascending, counted from 0."""
         return self.memory.memory_layers(self.model.num_layers)
+
+    @property
+    def memory_heads(self) -> dict[int, tuple[int, ...]]:
+        """Key-value heads that hold explicit memory, ascending, by memory layer."""
+        return self.memory.memory_heads(self.model.num_layers, self.model.num_kv_heads)
 
     @property
     def num_references(self) -> int:

@@ -78,7 +78,7 @@ class Bytes:
     @classmethod
     def of(cls, config: Config, token_bytes: int) -> Self:
         """Of a full reference, with ``token_bytes`` for the key and value of a kept token."""
-        lists, kept = len(config.memory_layers) * config.model.num_kv_heads, config.memory.num_kept_tokens
+        lists, kept = sum(map(len, config.memory_heads.values())), config.memory.num_kept_tokens
         return cls(key_values=lists * kept * token_bytes,
                    record=record_bytes(config.model.num_kv_heads, lists, kept, token_bytes))
 

@@ -52,7 +52,7 @@ class GatedReading:
 
         ``batch_tokens`` bounds the tokens of the questions in a pass; few, so that they are of nearly equal length.
         """
-        config = replace_fields(loaded.config, {"memory.layers": "all"})
+        config = replace_fields(loaded.config, {"memory.layers": "all", "memory.heads": "all"})
         self.loaded, self.config = replace(loaded, config=config), config
         self.device = next(loaded.model.parameters()).device
         self.rope = Rope.of(config.model)

@@ -14,7 +14,7 @@ from megatron_m3.config import Config
 from megatron_m3.errors import ConfigError
 from megatron_m3.evaluation.examples import Example
 from megatron_m3.evaluation.questions import Questions, batches
-from megatron_m3.inference.forward import local_kv_heads, losses_at
+from megatron_m3.inference.forward import local_kv_heads, losses_at, restricted_heads
 from megatron_m3.inference.reading import ChunkMemories, ReadingPlan
 from megatron_m3.memory import Codec, ExplicitMemories, encode_variants, measure_sensitivity, train_codec
 from megatron_m3.model.checkpoint import LoadedModel
@@ -72,6 +72,7 @@ def memories_of_lines(
         valid_BCR=torch.tensor([[[place < len(one) for place in range(most)]] for one in rows], device=device),
         layers={layer: place for place, layer in enumerate(config.memory_layers)},
         heads=local_kv_heads(config),
+        memory_heads=restricted_heads(config),
     )
 
 

@@ -62,6 +62,7 @@ class Batch:
             context_start=int(positions_T[prefix]),
             max_context=longest + self.max_new_tokens,
             memory_layers=tuple(memories.layers) if memories else (),
+            memory_heads=memories.memory_heads if memories else {},
             num_slots=memories.num_slots if memories else 0,
             dtype=parameter.dtype,
             device=parameter.device,

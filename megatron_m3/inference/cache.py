@@ -7,8 +7,8 @@ Legend of shape suffixes: B batch, P prefix, M memory slots, T cached tokens, S 
 Q query heads of one kv head, D head size.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class CacheShape:
     max_context: int
     """Context tokens that fit."""
     memory_layers: Collection[int] = ()
+    memory_heads: Mapping[int, Tensor] = field(default_factory=dict)
+    """The kv heads that read memories, bool [G], for memory layers in which not all do."""
     num_slots: int = 0
     """Kept tokens that a chunk reads at most: references per chunk times kept tokens."""
     dtype: torch.dtype
@@ -109,6 +111,19 @@ class CachePlan:
             return memory, None if same_length else used_BT
         return memory, torch.cat([used_BT[..., :prefix], used_BT[..., prefix + slots :]], -1)
 
+    def _mask(self, layer: int) -> Tensor | None:
+        """What one step adds to the scores in ``layer``, [B, 1 or G, 1, T]; None adds nothing."""
+        if layer not in self.shape.memory_layers:
+            return self.plain_mask
+        heads_G = self.shape.memory_heads.get(layer)
+        if heads_G is None:
+            return self.memory_mask
+        prefix, slots = self.shape.prefix_length, self.shape.num_slots
+        mask_B11T = self.mask_BT[:, None, None, : prefix + slots + max(self.lengths)]
+        mask_BG1T = mask_B11T.repeat(1, self.shape.num_kv_heads, 1, 1)
+        mask_BG1T[:, ~heads_G.to(mask_BG1T.device), :, prefix : prefix + slots] = float("-inf")
+        return mask_BG1T
+
     def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
         """Store the new token of every sequence and attend from it to all that is cached, [1, B, H, D]; S is 1."""
         query_BHD = rotate(query_SBHD, self.table)[0]
@@ -120,6 +135,6 @@ class CachePlan:
             query_BHD.unflatten(1, (self.shape.num_kv_heads, -1)),
             self.keys[layer][:, :, :columns],
             self.values[layer][:, :, :columns],
-            attn_mask=self.memory_mask if layer in self.shape.memory_layers else self.plain_mask,
+            attn_mask=self._mask(layer),
         )
         return out_BGQD.flatten(1, 2)[None]

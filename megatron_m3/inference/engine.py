@@ -9,7 +9,7 @@ import torch
 
 from megatron_m3.errors import ConfigError
 from megatron_m3.inference.batch import Batch
-from megatron_m3.inference.forward import local_kv_heads
+from megatron_m3.inference.forward import local_kv_heads, restricted_heads
 from megatron_m3.inference.generation import Generation, Statistics
 from megatron_m3.inference.recall import Recall
 from megatron_m3.inference.sampling import Sampler, Sampling
@@ -41,6 +41,7 @@ class Engine:
                 references_per_chunk=self.config.memory.references_per_chunk,
                 memory_layers=self.config.memory_layers,
                 heads=local_kv_heads(self.config),
+                memory_heads=restricted_heads(self.config),
                 device=next(loaded.model.parameters()).device,
                 max_overlap=max_overlap,
             )

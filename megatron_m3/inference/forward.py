@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_m3.config import Config
 from megatron_m3.model.attention import AttentionPlan
+from megatron_m3.model.selection import local_memory_heads
 
 MAX_LOGITS = 1 << 24
 """Logits held at once when losses are computed."""
@@ -19,6 +20,12 @@ def local_kv_heads(config: Config) -> slice:
     count = config.model.num_kv_heads // config.parallel.tensor
     first = parallel_state.get_tensor_model_parallel_rank() * count
     return slice(first, first + count)
+
+
+def restricted_heads(config: Config) -> dict[int, Tensor]:
+    """Which kv heads of this process read memories, bool [G], for memory layers in which not all do."""
+    found = {layer: local_memory_heads(config, layer) for layer in config.memory_layers}
+    return {layer: heads for layer, heads in found.items() if heads is not None}
 
 
 def _run(

@@ -5,7 +5,7 @@ M = R * K memory slots, N memories, Lm memory layers, H query heads, G kv heads,
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,8 +34,8 @@ class ChunkMemories:
     """The memory layers: from a layer's number to its place in ``memories``."""
     heads: slice
     """The kv heads of this process."""
-    memory_heads: Mapping[int, Tensor] | None = None
-    """The kv heads of this process that read memories, bool [G], by memory layer; None for all in every layer."""
+    memory_heads: Mapping[int, Tensor] = field(default_factory=dict)
+    """The kv heads of this process that read memories, bool [G], for memory layers in which not all do."""
 
     @property
     def num_slots(self) -> int:
@@ -64,7 +64,7 @@ class ChunkMemories:
     def valid_in(self, layer: int) -> Tensor:
         """Which slots of a memory layer are read, [B, C, M], or [B, C, M, G] where its heads differ."""
         valid_BCM = self.valid_slots()
-        if self.memory_heads is None or self.memory_heads[layer].all():
+        if layer not in self.memory_heads:
             return valid_BCM
         return valid_BCM[..., None] & self.memory_heads[layer].to(valid_BCM.device)
 

@@ -1,7 +1,7 @@
 """Recall: the text of a chunk retrieves references, and their explicit memories are fetched (section 3.1)."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,13 +40,17 @@ class Recall:
         references_per_chunk: int,
         memory_layers: Sequence[int],
         heads: slice,
+        memory_heads: Mapping[int, torch.Tensor],
         device: torch.device,
         max_overlap: float | None = None,
     ) -> None:
-        """``max_overlap`` is the evaluation filter: references that overlap more with the prompt are passed over."""
+        """``max_overlap`` is the evaluation filter: references that overlap more with the prompt are passed over.
+
+        ``memory_heads`` as in :class:`ChunkMemories`.
+        """
         self.retriever, self.source = retriever, source
         self.references_per_chunk, self.heads, self.device = references_per_chunk, heads, device
-        self.max_overlap = max_overlap
+        self.max_overlap, self.memory_heads = max_overlap, memory_heads
         self.layers = {layer: place for place, layer in enumerate(memory_layers)}
 
     def __call__(
@@ -106,4 +110,5 @@ class Recall:
             valid_BCR=torch.from_numpy(valid_BCR).to(self.device),
             layers=self.layers,
             heads=self.heads,
+            memory_heads=self.memory_heads,
         )

@@ -126,7 +126,7 @@ class MemoryBank:
                                   f"{getattr(settings, name)}; use that or build the bank again")
         layers = ",".join(map(str, settings.memory_layers))
         selection: Any = settings.selection
-        return replace(config, memory=replace(memory, layers=layers, tokens=str(settings.num_kept_tokens),
+        return replace(config, memory=replace(memory, layers=layers, heads="all", tokens=str(settings.num_kept_tokens),
                                               selection=selection, spread=settings.spread))
 
     def read(self, ids: np.ndarray | Sequence[int], *, kv_heads: slice = slice(None)) -> ExplicitMemories:

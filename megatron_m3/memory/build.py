@@ -63,6 +63,9 @@ class BankJob:
             raise ConfigError(f"{options.references}: references of up to {references.reference_length} tokens, the "
                               f"checkpoint was trained with {config.memory.reference_length}; make them again with "
                               f"--reference-length {config.memory.reference_length}")
+        if config.memory.heads != "all":
+            raise ConfigError(f"memory.heads={config.memory.heads}: a bank holds all heads of its memory layers; take "
+                              "a checkpoint with memory.heads=all")
         check_codec(options.codec, config.model.head_size)
         return cls(options=options, loaded=replace(loaded, config=config), references=references)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_m3.config import Config, ModelConfig
 from megatron_m3.model.rope import Rope, rotate
-from megatron_m3.model.selection import select_in_layer
+from megatron_m3.model.selection import local_memory_heads, select_in_layer
 from megatron_m3.ops.memory_attention import get_backend
 
 
@@ -103,7 +103,10 @@ class JointLayout:
     def _memories(
         self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, rotated_key_BSGD: Tensor, value_BSGD: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Kept keys and values ``[B, C, K, G, D]`` of each chunk's reference, and which are there ``[B, C, K]``."""
+        """Kept keys and values ``[B, C, K, G, D]`` of each chunk's reference, and which are read, ``[B, C, K]``.
+
+        Where not all key-value heads hold memory, the latter is ``[B, C, K, G]``.
+        """
         assert self.reference_lengths_BN is not None
         B, N = self.reference_lengths_BN.shape
         indices_MGK, valid_MK = select_in_layer(
@@ -115,7 +118,9 @@ class JointLayout:
         index_MKGD = indices_MGK.transpose(1, 2)[..., None].expand(-1, -1, -1, key_SBGD.shape[-1])
         kept = [self._split(rows).gather(1, index_MKGD) for rows in (rotated_key_BSGD, value_BSGD)]
         key, value = (rows.reshape(B, N, *rows.shape[1:]) for rows in kept)
-        return self._by_chunk(key, value, valid_MK.reshape(B, N, -1))
+        key, value, valid_BCK = self._by_chunk(key, value, valid_MK.reshape(B, N, -1))
+        heads_G = local_memory_heads(self.config, layer)
+        return key, value, valid_BCK if heads_G is None else valid_BCK[..., None] & heads_G.to(valid_BCK.device)
 
     def _by_chunk(self, key_BNKGD: Tensor, value_BNKGD: Tensor, valid_BNK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The memories in the order of the chunks, with empty ones for chunks that have none."""

@@ -40,3 +40,13 @@ def preferred_tokens(config: Config, layer: int, num_local_heads: int, num_token
     place = config.memory_layers.index(layer) * config.model.num_kv_heads
     turn_G1 = (place + first + torch.arange(num_local_heads))[:, None]
     return (torch.arange(num_tokens) - turn_G1) % config.memory.spread == 0
+
+
+def local_memory_heads(config: Config, layer: int) -> Tensor | None:
+    """Which key-value heads of this process hold memory in a memory layer, bool ``[G]``; None where all do."""
+    heads = config.memory_heads[layer]
+    if len(heads) == config.model.num_kv_heads:
+        return None
+    count = config.model.num_kv_heads // config.parallel.tensor
+    first = parallel_state.get_tensor_model_parallel_rank() * count
+    return torch.tensor([first + head in heads for head in range(count)])

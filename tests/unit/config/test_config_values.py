@@ -42,6 +42,12 @@ def test_a_single_layer_has_a_first_half() -> None:
     assert MemoryConfig().memory_layers(1) == (0,)
 
 
+def test_memory_heads_are_by_memory_layer() -> None:
+    memory = MemoryConfig(layers="1,3", heads="3:1,0;1:2")
+    assert list(memory.memory_heads(5, 3).items()) == [(1, (2,)), (3, (0, 1))]
+    assert MemoryConfig(layers="1,3").memory_heads(5, 2) == {1: (0, 1), 3: (0, 1)}
+
+
 @pytest.mark.parametrize("layers", ["5", "2-5", "half", "", "1-", "-1", "3-1", "1;2", "1-2-3", "²"])
 def test_impossible_memory_layers(layers: str) -> None:
     with pytest.raises(ConfigError, match=r"memory\.layers="):
@@ -67,6 +73,12 @@ def test_kept_tokens_are_at_most_the_reference() -> None:
     ({"model__head_size": "15"}, "model.head_size=15"),
     ({"model__vocab_multiple": "0"}, "model.vocab_multiple=0"),
     ({"memory__layers": "0-4"}, "memory.layers=0-4: the model has layers 0-3"),
+    ({"memory__layers": "1", "memory__heads": "1:0;2:1"}, "memory.heads=1:0;2:1: must name each memory layer once"),
+    ({"memory__layers": "1,2", "memory__heads": "1:0"}, "memory.heads=1:0: must name each memory layer once"),
+    ({"memory__layers": "1", "memory__heads": "1:0;1:1"}, "memory.heads=1:0;1:1: must name each memory layer once"),
+    ({"memory__layers": "1", "memory__heads": "1:2"}, "memory.heads=1:2: the model has key-value heads 0-1"),
+    ({"memory__layers": "1", "memory__heads": "1:"}, "memory.heads=1:: give all, or the heads of each layer"),
+    ({"memory__layers": "1", "memory__heads": "some"}, "memory.heads=some: give all, or the heads of each layer"),
     ({"memory__tokens": "some"}, "memory.tokens=some"),
     ({"memory__tokens": "0"}, "memory.tokens=0"),
     ({"memory__prefix": "a\udcff"}, "memory.prefix='a\\udcff': not UTF-8"),

@@ -98,6 +98,19 @@ def test_generation_is_what_the_method_says_at_every_token(loaded, retriever, en
         assert one.tokens == generate_by_definition(loaded, retriever, prompt, 18)
 
 
+def test_heads_that_hold_no_memory_read_none(loaded, retriever):
+    from megatron_m3.inference.engine import Engine
+
+    memory = dataclasses.replace(loaded.config.memory, heads="0:1;1:0,1;2:0")
+    some = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, memory=memory))
+    prompts = prompts_of(loaded, [5, 11])
+    found, _ = Engine(some, retriever, cold(some, retriever)).generate_tokens(prompts, 10, stop_at_eos=False)
+    every, _ = Engine(loaded, retriever, cold(loaded, retriever)).generate_tokens(prompts, 10, stop_at_eos=False)
+    assert [one.tokens for one in found] != [one.tokens for one in every]
+    for prompt, one in zip(prompts, found, strict=True):
+        assert one.tokens == generate_by_definition(some, retriever, prompt, 10)
+
+
 def test_memories_matter(loaded, engine):
     prompts = prompts_of(loaded, [5, 8, 16, 19])
     plain, _ = type(engine)(loaded).generate_tokens(prompts, 18, stop_at_eos=False)

@@ -111,11 +111,14 @@ class PlainModel:
         gate, up = hidden.chunk(2, -1)
         return x + (torch.nn.functional.silu(gate) * up) @ self.weights[name + "mlp.linear_fc2.weight"].T
 
-    def attend(self, query, keys, values):
-        """One position: query [H, D]; keys and values [n, G, D] it may read."""
+    def attend(self, query, keys, values, num_slots=0, blind=()):
+        """One position: query [H, D]; keys and values [n, G, D] it may read, the kv heads ``blind`` but the first."""
         repeat = query.shape[0] // keys.shape[1]
         keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
-        weights = (torch.einsum("hd,nhd->nh", query, keys) / math.sqrt(query.shape[-1])).softmax(0)
+        scores = torch.einsum("hd,nhd->nh", query, keys) / math.sqrt(query.shape[-1])
+        for head in blind:
+            scores[:num_slots, head * repeat : (head + 1) * repeat] = -math.inf
+        weights = scores.softmax(0)
         return torch.einsum("nh,nhd->hd", weights, values)
 
     def losses(self, batch, row, prefix):
@@ -152,7 +155,9 @@ class PlainModel:
                 slots = [memories[c] for c in read if memories[c]]
                 keys = torch.cat([*(slot[0] for slot in slots), k[: i + 1]])
                 values = torch.cat([*(slot[1] for slot in slots), v[: i + 1]])
-                attended.append(self.attend(q[i], keys, values))
+                readers = config.memory_heads.get(layer, ())
+                blind = [head for head in range(config.model.num_kv_heads) if head not in readers]
+                attended.append(self.attend(q[i], keys, values, len(keys) - i - 1, blind))
             trunk = self.finish(trunk, torch.stack(attended), layer)
         hidden = self.norm(trunk[p:], "decoder.final_layernorm.weight")
         logits = hidden @ self.weights["output_layer.weight"].T
@@ -174,12 +179,12 @@ class PlainModel:
         return keys, values
 
 
-@pytest.mark.parametrize("layers", ["0-1", "1,3", "all"])
+@pytest.mark.parametrize(("layers", "heads"), [("0-1", "all"), ("1,3", "all"), ("all", "all"), ("1,3", "1:1;3:0,1")])
 @pytest.mark.parametrize("tokens", ["4", "all"])
-def test_joint_pass_equals_the_method_written_from_its_definitions(layers, tokens):
+def test_joint_pass_equals_the_method_written_from_its_definitions(layers, heads, tokens):
     from megatron_m3.model.gpt import training_forward
 
-    config = tiny(memory__layers=layers, memory__tokens=tokens, training__stage="continual")
+    config = tiny(memory__layers=layers, memory__heads=heads, memory__tokens=tokens, training__stage="continual")
     model = build(config)
     batch = random_batch(config, [[16, 0, 9, 2], [3, 16, 16, 1]])
     ours = training_forward(model, batch, config, PREFIX)

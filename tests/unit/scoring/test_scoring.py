@@ -48,11 +48,11 @@ def loss_by_definition(loaded, tokens, plan, target):
     return -sum(float(out[first + place - 1, token]) for place, token in enumerate(target))
 
 
-@pytest.mark.parametrize("layers", ["all", "0-1", "1,3"])
-def test_reading_memories_is_attending_to_the_recomputed_references(loaded, layers):
+@pytest.mark.parametrize(("layers", "heads"), [("all", "all"), ("0-1", "all"), ("1,3", "all"), ("1,3", "1:0,1;3:1")])
+def test_reading_memories_is_attending_to_the_recomputed_references(loaded, layers, heads):
     from megatron_m3.evaluation.scoring import Scorer
 
-    changed = with_memory(loaded, layers=layers)
+    changed = with_memory(loaded, layers=layers, heads=heads)
     lines = examples(loaded)
     for one, score in zip(lines, Scorer(changed, "explicit").score(lines), strict=True):
         context = [loaded.tokenizer.bos_id, *one.context, *one.target]
