@@ -121,6 +121,7 @@ def test_transformers_generates_what_the_engine_does(folder: Path, exported: Any
     ids, stop_at_eos = prompts(engine), family == "mistral"
     expected, _ = engine.generate_tokens(ids, NEW_TOKENS, stop_at_eos=stop_at_eos)
     model.open_bank(bank_folder, **knowledge(folder))
+    assert type(model.bank).__module__.startswith("transformers_modules."), "the folder's own files are run"
     found = model.generate_with_recall(ids, max_new_tokens=NEW_TOKENS, stop_at_eos=stop_at_eos)
     assert [summary(one) for one in found] == [summary(one) for one in expected]
     assert any(one.ended for one in found) == stop_at_eos
