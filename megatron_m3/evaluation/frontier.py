@@ -21,6 +21,7 @@ from megatron_m3.memory import ExplicitMemories
 from megatron_m3.memory.codecs import token_bytes
 from megatron_m3.memory.record import record_bytes
 from megatron_m3.model.checkpoint import LoadedModel
+from megatron_m3.platform.progress import Progress
 
 BLOCK_LINES = 50
 """Lines in a block: what an interrupted run may lose."""
@@ -183,7 +184,9 @@ class Frontier:
 
     def _train_codec(self, point: Point) -> None:
         if point.codec != "none" and point not in self.trained:
-            self.scorers[point].train_codec(point.codec, self.calibration, self.seed)
+            with Progress(f"{point.name}: train", 1, "codec") as progress:
+                self.scorers[point].train_codec(point.codec, self.calibration, self.seed)
+                progress.advance()
             self.trained.add(point)
 
     def _row(self, point: Point, block: range, nll: list[float], examples: Sequence[Example]) -> dict[str, Any]:
