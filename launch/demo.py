@@ -22,7 +22,6 @@ from typing import Any
 from launch.demo_steps import MODES, Step, pretrained_steps, scratch_steps
 from megatron_m3.config import get_recipe, parse, replace_fields
 from megatron_m3.errors import ConfigError, M3Error, exit_on_user_error
-from megatron_m3.manifest import read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +110,9 @@ def read_losses(run: Path, stage: str) -> list[tuple[int, float]]:
 
 def describe_bank(run: Path) -> dict[str, Any]:
     """What the bank costs on disk."""
-    manifest = read_manifest(run / "bank", "bank", 1)
-    references, codec = manifest.settings["num_references"], manifest.settings["codec"]
-    size = sum(record["bytes"] for name, record in manifest.files.items() if name.startswith("shard_"))
+    manifest = json.loads((run / "bank" / "manifest.json").read_text())
+    references, codec = manifest["settings"]["num_references"], manifest["settings"]["codec"]
+    size = sum(record["bytes"] for name, record in manifest["files"].items() if name.startswith("shard_"))
     return {"references": references, "codec": codec, "bytes_per_reference": size // references, "bytes": size}
 
 
