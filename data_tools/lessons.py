@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from data_tools.documents import show_counts
 from data_tools.heldout import BESIDE, Mentions, choose_heldout, phrase, score_lines
 from data_tools.packing import Costs, Reference, count_tokens, pack
+from data_tools.texts import write_texts
 from data_tools.wordnet import CORPUS, KIND, SCHEMA, Entry, hash_order, load_entries
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, DataError, exit_on_user_error
-from megatron_m3.manifest import Manifest, atomic_folder, hash_file, is_finished, write_manifest
+from megatron_m3.manifest import Manifest, hash_file, is_finished
 
 if TYPE_CHECKING:
     from megatron_m3.tokenizer import Tokenizer
@@ -285,12 +286,8 @@ def run(options: Options, corpus: Path = CORPUS) -> None:
         print(f"{output}: made already")
         return
     texts, counts = make_texts(load_entries(corpus, options.longest_gloss), more, tokenizer, options)
-    with atomic_folder(output) as folder:
-        for name, lines in texts.items():
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
-        manifest = Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files=files, info=counts)
-        write_manifest(folder, manifest)
+    manifest = Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files={}, info=counts)
+    write_texts(output, texts, manifest)
     show_counts("lessons", counts)
     print(output)
 

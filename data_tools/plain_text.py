@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 from data_tools.documents import Document, show_counts
 from data_tools.heldout import Mentions, phrase
 from data_tools.published_texts import article_text, definition, read_articles, read_manuals, read_pages
+from data_tools.texts import write_texts
 from data_tools.wordnet import KIND, SCHEMA
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, DataError, exit_on_user_error
-from megatron_m3.manifest import Manifest, atomic_folder, hash_file, hash_json, is_finished, write_manifest
+from megatron_m3.manifest import Manifest, hash_file, hash_json, is_finished
 
 if TYPE_CHECKING:
     from megatron_m3.tokenizer import Tokenizer
@@ -232,12 +233,8 @@ def run(options: Options) -> None:
         print(f"{output}: made already")
         return
     texts, counts = make_texts(options, tokenizer)
-    with atomic_folder(output) as folder:
-        for name, lines in texts.items():
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
-        manifest = Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files=files, info=counts)
-        write_manifest(folder, manifest)
+    manifest = Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files={}, info=counts)
+    write_texts(output, texts, manifest)
     show_counts("plain text", counts)
     print(output)
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.documents import show_counts
+from data_tools.texts import write_texts
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, DataError, exit_on_user_error
-from megatron_m3.manifest import Manifest, atomic_folder, hash_file, is_finished, write_manifest
+from megatron_m3.manifest import Manifest, hash_file, is_finished
 
 KIND, SCHEMA = "texts", 1
 CORPUS = Path(__file__).parent / "corpus" / "wordnet"
@@ -179,12 +180,8 @@ def run(options: Options, corpus: Path = CORPUS) -> None:
         return
     texts = make_texts(load_entries(corpus, options.longest_gloss), options)
     counts = {f"{name} lines": len(lines) for name, lines in texts.items()}
-    with atomic_folder(output) as folder:
-        for name, lines in texts.items():
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
-        manifest = Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files=files, info=counts)
-        write_manifest(folder, manifest)
+    manifest = Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files={}, info=counts)
+    write_texts(output, texts, manifest)
     show_counts("wordnet", counts)
     print(output)
 
