@@ -45,14 +45,19 @@ def parse_config(argv: Sequence[str] | None) -> Config:
         raise ConfigError("recipe: give --recipe NAME or --config FILE, one of them")
     base = get_recipe(recipe) if recipe else _read_config(Path(file))
     start = given.get("training.init_from", base.training.init_from)
-    return replace_fields(_with_model_of(Path(start), base) if start else base, given)
+    output = given.get("training.output", base.training.output)
+    return replace_fields(_with_model_of(Path(start), Path(output), base) if start else base, given)
 
 
-def _with_model_of(start: Path, base: Config) -> Config:
-    """``base`` with the shape of the model of a checkpoint, or of a run's newest one."""
+def _with_model_of(start: Path, output: Path, base: Config) -> Config:
+    """``base`` with the model that a run in ``output`` has, or, before its first checkpoint, that of ``start``.
+
+    A run that goes on needs what it started from no more.
+    """
     from megatron_m3.model.checkpoint import list_checkpoints, read_checkpoint
 
-    stored = read_checkpoint((list_checkpoints(start) or [start])[-1]).settings["config"]["model"]
+    newest = (list_checkpoints(output) or list_checkpoints(start) or [start])[-1]
+    stored = read_checkpoint(newest).settings["config"]["model"]
     kept = {name: value for name, value in stored.items() if name not in ("attention", "init_std")}
     return from_dict(Config, to_dict(base) | {"model": to_dict(base.model) | kept})
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from data_tools import tokenize
+from launch.pretrain import parse_config
 from megatron_m3.config import from_dict
 from megatron_m3.config.schema import Config
 from megatron_m3.data import TokenStore
@@ -101,6 +102,16 @@ def test_frozen_layers_stay_as_they_are(run, tmp_path, tied):
     weights = {name for name, value in before.items() if torch.is_tensor(value)}
     frozen = {name for name in weights if name.startswith(("embedding", "decoder.layers.0.", "decoder.layers.1."))}
     assert frozen | ({"output_layer.weight"} & weights if tied else set()) == same
+
+
+def test_a_run_has_the_model_it_started_from_and_goes_on_without_it(run, tmp_path):
+    run("warmup", training__steps=1, model__ffn_size=96)
+    start = ["--recipe", "tiny", "--training.init-from", str(tmp_path / "warmup"), "--training.output"]
+    assert parse_config([*start, str(tmp_path / "next")]).model.ffn_size == 96
+    (tmp_path / "warmup").rename(tmp_path / "next")
+    assert parse_config([*start, str(tmp_path / "next")]).model.ffn_size == 96
+    with pytest.raises(ArtifactError):
+        parse_config([*start, str(tmp_path / "other")])
 
 
 def test_continual_from_random_weights_is_warned_of_once(run, tmp_path, capsys):
