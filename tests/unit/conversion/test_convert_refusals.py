@@ -13,6 +13,7 @@ from ckpt_convert.families import read_config
 from ckpt_convert.from_hf import FromOptions, convert
 from ckpt_convert.to_hf import ToOptions
 from megatron_m3.errors import ArtifactError, ConfigError, M3Error, UnsupportedError
+from megatron_m3.model.checkpoint import read_checkpoint
 from megatron_m3.platform.progress import Progress
 from tests.hf_models import LLAMA3, make_model
 
@@ -125,6 +126,8 @@ def test_a_copy_of_the_tied_embedding_is_no_extra_tensor(tmp_path: Path) -> None
     source = make_model(tmp_path / "hf", "llama3 tied")
     change_weights(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     convert(FromOptions(source=str(source), output=str(tmp_path / "ours")))
+    manifest = read_checkpoint(tmp_path / "ours" / "step_0000000")
+    assert manifest.settings["config"]["model"]["tie_embeddings"]
 
 
 @pytest.mark.parametrize("nothing", ["absent", "."])
