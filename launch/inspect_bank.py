@@ -83,7 +83,7 @@ def describe_reference(bank: "MemoryBank", options: InspectOptions) -> Iterator[
     yield references.text(options.reference)
     norms = memory.kv[0, ..., : int(memory.num_kept[0]), :].norm(dim=-1).mean(-1)
     for place, layer in enumerate(bank.settings.memory_layers):
-        for head in range(bank.settings.num_kv_heads):
+        for head in bank.settings.memory_lists[place].nonzero().flatten().tolist():
             kept = set(memory.kept_positions(0)[place, head].tolist())
             text = "".join(f"[{word}]" if at in kept else word for at, word in enumerate(words)).replace("\n", " ")
             key, value = norms[place, :, head].tolist()

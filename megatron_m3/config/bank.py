@@ -26,6 +26,8 @@ class BankConfig:
     """Draw of the codec's sample."""
     memory_layers: str | None = None
     """Memory layers instead of the checkpoint's: first-half, all, or ranges such as 8-24."""
+    memory_heads: str | None = None
+    """Memory heads instead of the checkpoint's: all, or those of each memory layer, such as 8:0,2;9:1."""
     memory_tokens: str | None = None
     """Kept tokens instead of the checkpoint's: a number, or all."""
     block_size: int = 1024

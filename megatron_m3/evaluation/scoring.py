@@ -16,7 +16,14 @@ from megatron_m3.evaluation.examples import Example
 from megatron_m3.evaluation.questions import Questions, batches
 from megatron_m3.inference.forward import local_kv_heads, losses_at, restricted_heads
 from megatron_m3.inference.reading import ChunkMemories, ReadingPlan
-from megatron_m3.memory import Codec, ExplicitMemories, encode_variants, measure_sensitivity, train_codec
+from megatron_m3.memory import (
+    Codec,
+    ExplicitMemories,
+    encode_variants,
+    held_lists,
+    measure_sensitivity,
+    train_codec,
+)
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.layout import trunk_positions
 from megatron_m3.model.rope import Rope
@@ -159,13 +166,14 @@ class Scorer:
         """
         distinct = sorted(distinct_references(examples))
         model, memory = self.config.model, self.config.memory
-        a_reference = len(self.config.memory_layers) * model.num_kv_heads * memory.num_kept_tokens
-        count = min(len(distinct), max(1, CODEC_VECTORS // a_reference))
+        held_LG = held_lists(self.config.memory_heads, model.num_kv_heads)
+        count = min(len(distinct), max(1, CODEC_VECTORS // (int(held_LG.sum()) * memory.num_kept_tokens)))
         sample = np.random.default_rng(seed).choice(len(distinct), count, replace=False)
         drawn = [distinct[place] for place in np.sort(sample)]
         memories = encode_texts(self.loaded, drawn, [self.config])[0]
         try:
-            self.codec = train_codec(factory, memories, sensitivity=lambda: measure_sensitivity(self.loaded, drawn))
+            self.codec = train_codec(factory, memories, held_LG=held_LG,
+                                     sensitivity=lambda: measure_sensitivity(self.loaded, drawn))
         except ConfigError as error:
             reason, given, _ = str(error).partition("; give a larger codec_sample")
             if not given:

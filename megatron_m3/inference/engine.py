@@ -39,9 +39,9 @@ class Engine:
                 retriever,
                 source,
                 references_per_chunk=self.config.memory.references_per_chunk,
-                memory_layers=self.config.memory_layers,
+                memory_heads=self.config.memory_heads,
                 heads=local_kv_heads(self.config),
-                memory_heads=restricted_heads(self.config),
+                restricted_heads=restricted_heads(self.config),
                 device=next(loaded.model.parameters()).device,
                 max_overlap=max_overlap,
             )

@@ -13,7 +13,7 @@ class ReadReference:
     """Cosine similarity of the reference and the chunk that retrieved it."""
     text: str
     kept_positions: list[list[list[int]]]
-    """Which of the reference's tokens the memory keeps, by memory layer and kv head."""
+    """Which of the reference's tokens the memory keeps, by memory layer and kv head; none where the head holds none."""
 
 
 @dataclass(frozen=True, kw_only=True)

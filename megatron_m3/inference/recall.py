@@ -38,20 +38,21 @@ class Recall:
         source: "MemorySource",
         *,
         references_per_chunk: int,
-        memory_layers: Sequence[int],
+        memory_heads: Mapping[int, Sequence[int]],
         heads: slice,
-        memory_heads: Mapping[int, torch.Tensor],
+        restricted_heads: Mapping[int, torch.Tensor],
         device: torch.device,
         max_overlap: float | None = None,
     ) -> None:
         """``max_overlap`` is the evaluation filter: references that overlap more with the prompt are passed over.
 
-        ``memory_heads`` as in :class:`ChunkMemories`.
+        ``memory_heads`` are those of each memory layer; ``restricted_heads`` is :attr:`ChunkMemories.memory_heads`.
         """
         self.retriever, self.source = retriever, source
         self.references_per_chunk, self.heads, self.device = references_per_chunk, heads, device
-        self.max_overlap, self.memory_heads = max_overlap, memory_heads
-        self.layers = {layer: place for place, layer in enumerate(memory_layers)}
+        self.max_overlap, self.restricted_heads = max_overlap, restricted_heads
+        self.layers = {layer: place for place, layer in enumerate(memory_heads)}
+        self.held = list(memory_heads.values())
 
     def __call__(
         self, chunks: Sequence[Sequence[int]], questions: Sequence[Sequence[int]], statistics: Statistics
@@ -91,10 +92,14 @@ class Recall:
                 id=int(recalled.ids[chunk, place]),
                 score=float(recalled.scores[chunk, place]),
                 text=self.retriever.references.text(int(recalled.ids[chunk, place])),
-                kept_positions=recalled.memories.kept_positions(int(recalled.rows[chunk, place])).tolist(),
+                kept_positions=self._kept_positions(recalled.memories, int(recalled.rows[chunk, place])),
             )
             for place in np.flatnonzero(recalled.valid[chunk])
         ]
+
+    def _kept_positions(self, memories: "ExplicitMemories", row: int) -> list[list[list[int]]]:
+        by_layer = zip(self.held, memories.kept_positions(row).tolist(), strict=True)
+        return [[kept if head in held else [] for head, kept in enumerate(heads)] for held, heads in by_layer]
 
     def memories_of(self, recalled: Recalled, chunk_BC: np.ndarray, has_chunk_BC: np.ndarray) -> ChunkMemories:
         """The memories of a grid of chunks, each naming one of ``recalled``; none where ``has_chunk_BC`` is False."""
@@ -110,5 +115,5 @@ class Recall:
             valid_BCR=torch.from_numpy(valid_BCR).to(self.device),
             layers=self.layers,
             heads=self.heads,
-            memory_heads=self.memory_heads,
+            memory_heads=self.restricted_heads,
         )

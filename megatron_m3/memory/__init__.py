@@ -7,7 +7,7 @@ from megatron_m3.memory.codecs import load_codec, train_codec
 from megatron_m3.memory.encode import encode_references, encode_variants
 from megatron_m3.memory.sensitivity import measure_sensitivity
 from megatron_m3.memory.sources import ColdSource, MemorySource, WarmSource
-from megatron_m3.memory.types import ExplicitMemories
+from megatron_m3.memory.types import ExplicitMemories, held_lists
 
 __all__ = [
     "Codec",
@@ -19,6 +19,7 @@ __all__ = [
     "WarmSource",
     "encode_references",
     "encode_variants",
+    "held_lists",
     "load_codec",
     "measure_sensitivity",
     "train_codec",

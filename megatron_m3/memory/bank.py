@@ -8,20 +8,21 @@ of shard ``id // block_size``.
 import functools
 import operator
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from torch import Tensor
 
-from megatron_m3.config import Config
+from megatron_m3.config import Config, MemoryConfig
 from megatron_m3.errors import ArtifactError, ConfigError, DataError
 from megatron_m3.manifest import BlockFolder, Manifest, check_files, check_input, read_manifest
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.codecs import load_codec
 from megatron_m3.memory.record import RecordLayout
-from megatron_m3.memory.types import ExplicitMemories
+from megatron_m3.memory.types import ExplicitMemories, held_lists
 
 KIND, SCHEMA = "bank", 2
 CODEC = "codec"
@@ -49,12 +50,23 @@ class BankSettings:
     """none, KLT and a number, or the codec's FAISS factory string."""
     token_bytes: int
     """Bytes of the key and the value of one kept token."""
+    memory_heads: str = "all"
+    """The heads that hold memory, as ``memory.heads``; the manifest of a bank of all heads leaves it out."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a manifest has them."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("memory_heads", "all")}
+
+    @property
+    def memory_lists(self) -> Tensor:
+        """Which heads hold memory in which memory layers, bool [L, G]."""
+        memory = MemoryConfig(layers=layer_list(self.memory_layers), heads=self.memory_heads)
+        return held_lists(memory.memory_heads(self.memory_layers[-1] + 1, self.num_kv_heads), self.num_kv_heads)
 
     @property
     def record(self) -> RecordLayout:
         """Layout of a record."""
-        return RecordLayout(num_heads=self.num_kv_heads, num_layers=len(self.memory_layers),
-                            num_kept_tokens=self.num_kept_tokens, token_bytes=self.token_bytes)
+        return RecordLayout(held_LG=self.memory_lists, num_kept_tokens=self.num_kept_tokens, token_bytes=self.token_bytes)
 
     @property
     def num_blocks(self) -> int:
@@ -64,6 +76,18 @@ class BankSettings:
     def block(self, index: int) -> range:
         """Reference ids of one shard."""
         return range(index * self.block_size, min((index + 1) * self.block_size, self.num_references))
+
+
+def layer_list(layers: Sequence[int]) -> str:
+    """Layers as ``memory.layers`` takes them."""
+    return ",".join(map(str, layers))
+
+
+def head_list(memory_heads: Mapping[int, Sequence[int]], num_kv_heads: int) -> str:
+    """The heads of each memory layer as ``memory.heads`` takes them; always the same text for the same heads."""
+    if all(len(heads) == num_kv_heads for heads in memory_heads.values()):
+        return "all"
+    return ";".join(f"{layer}:{','.join(map(str, heads))}" for layer, heads in memory_heads.items())
 
 
 class ShardFolder(BlockFolder):
@@ -103,18 +127,19 @@ class MemoryBank:
         for role, actual in (("checkpoint", weights_hash), ("tokenizer", tokenizer_hash)):
             if actual is not None:
                 check_input(folder, manifest, role, actual)
-        codec, codec_hash = load_codec(folder / CODEC)
+        fields: dict[str, Any] = manifest.settings | {"memory_layers": tuple(manifest.settings["memory_layers"])}
+        settings = BankSettings(**fields)
+        codec, codec_hash = load_codec(folder / CODEC, settings.memory_lists)
         check_input(folder, manifest, "codec", codec_hash)
         check_files(folder, manifest, checksums=check,
                     mend="run `m3 bank build` into the folder again, it writes missing and damaged shards anew")
-        fields: dict[str, Any] = manifest.settings | {"memory_layers": tuple(manifest.settings["memory_layers"])}
-        return cls(folder, manifest, BankSettings(**fields), codec)
+        return cls(folder, manifest, settings, codec)
 
     def __len__(self) -> int:
         return self.settings.num_references
 
     def configure(self, config: Config) -> Config:
-        """``config`` with the memory layers, kept tokens and selection of this bank.
+        """``config`` with the memory layers and heads, kept tokens and selection of this bank.
 
         Raises:
             ConfigError: the bank was written with another prefix or reference length.
@@ -124,14 +149,16 @@ class MemoryBank:
             if getattr(memory, name) != getattr(settings, name):
                 raise ConfigError(f"memory.{name}={getattr(memory, name)}: the bank {self.folder} was written with "
                                   f"{getattr(settings, name)}; use that or build the bank again")
-        layers = ",".join(map(str, settings.memory_layers))
         selection: Any = settings.selection
-        return replace(config, memory=replace(memory, layers=layers, heads="all", tokens=str(settings.num_kept_tokens),
-                                              selection=selection, spread=settings.spread))
+        return replace(config, memory=replace(
+            memory, layers=layer_list(settings.memory_layers), heads=settings.memory_heads,
+            tokens=str(settings.num_kept_tokens), selection=selection, spread=settings.spread,
+        ))
 
     def read(self, ids: np.ndarray | Sequence[int], *, kv_heads: slice = slice(None)) -> ExplicitMemories:
         """The memories of ``ids``, in any order and with repeats, decoded; with ``kv_heads`` only those heads.
 
+        Keys and values of heads that hold no memory are 0.
         Every record is one positional read (two for a part of the heads), checked against its checksum.
 
         Raises:
@@ -142,23 +169,22 @@ class MemoryBank:
         if ids.size and not (ids.min() >= 0 and ids.max() < len(self)):
             wrong = int(ids[(ids < 0) | (ids >= len(self))][0])
             raise DataError(f"{self.folder}: reference {wrong} is not in 0-{len(self) - 1}")
-        first, last, step = kv_heads.indices(self.settings.num_kv_heads)
-        assert step == 1, "heads are a contiguous slice"
-        codes, tail = self._read_bytes(ids, first, max(first, last))
+        assert kv_heads.step in (None, 1), "heads are a contiguous slice"
+        codes, tail = self._read_bytes(ids, self.record.codes(kv_heads))
         damaged = self.record.damaged_rows(codes, tail, kv_heads)
         if damaged:
             id = int(ids[damaged[0]])
             path = self.folder / shard_name(id // self.settings.block_size)
             raise ArtifactError(f"{path}: the record of reference {id} is damaged; run `m3 bank build` "
                                 "into the folder again, it writes damaged shards anew")
-        codes_NLGB, positions, num_kept = self.record.unpack(codes, tail, kv_heads)
-        kv = self.codec.decode(codes_NLGB, positions, num_kept, kv_heads)
+        codes_NCB, positions, num_kept = self.record.unpack(codes, tail, kv_heads)
+        kv = self.codec.decode(codes_NCB, positions, num_kept, kv_heads)
         return ExplicitMemories(kv=kv, positions=positions, num_kept=num_kept)
 
-    def _read_bytes(self, ids: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Codes of heads first..last-1 and the tail of each record."""
+    def _read_bytes(self, ids: np.ndarray, place: slice) -> tuple[np.ndarray, np.ndarray]:
+        """The codes at ``place`` and the tail of each record."""
         record = self.record
-        codes = np.empty((len(ids), (last - first) * record.head_bytes), np.uint8)
+        codes = np.empty((len(ids), place.stop - place.start), np.uint8)
         tail = np.empty((len(ids), record.tail_bytes), np.uint8)
         is_whole = codes.shape[1] == record.codes_bytes
         for row, id in enumerate(ids.tolist()):
@@ -167,7 +193,7 @@ class MemoryBank:
             if is_whole:
                 shard.read([codes[row], tail[row]], offset)
             else:
-                shard.read([codes[row]], offset + first * record.head_bytes)
+                shard.read([codes[row]], offset + place.start)
                 shard.read([tail[row]], offset + record.codes_bytes)
         return codes, tail
 

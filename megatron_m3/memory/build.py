@@ -7,24 +7,25 @@ the same bytes. The ranks share one folder on a file system that all of them see
 import itertools
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from megatron_m3.config import replace_fields
 from megatron_m3.config.bank import BankConfig
 from megatron_m3.errors import ArtifactError, ConfigError, DataError, M3Error
 from megatron_m3.manifest import Manifest, read_manifest, write_manifest
-from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, ShardFolder
+from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, ShardFolder, head_list
 from megatron_m3.memory.codec import KIND as CODEC_KIND
 from megatron_m3.memory.codec import SCHEMA as CODEC_SCHEMA
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.codecs import check_codec, load_codec, train_codec
 from megatron_m3.memory.encode import encode_references
 from megatron_m3.memory.sensitivity import Sensitivity, measure_sensitivity
-from megatron_m3.memory.types import ExplicitMemories
+from megatron_m3.memory.types import ExplicitMemories, held_lists
 from megatron_m3.memory.work import SharedWork, agree
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.platform.progress import Progress
@@ -57,15 +58,13 @@ class BankJob:
                                 "references again with the checkpoint's")
         if not len(references):
             raise DataError(f"{options.references}: holds no reference")
-        given = {"memory.layers": options.memory_layers, "memory.tokens": options.memory_tokens}
+        given = {"memory.layers": options.memory_layers, "memory.heads": options.memory_heads,
+                 "memory.tokens": options.memory_tokens}
         config = replace_fields(loaded.config, {name: text for name, text in given.items() if text is not None})
         if references.reference_length > config.memory.reference_length:
             raise ConfigError(f"{options.references}: references of up to {references.reference_length} tokens, the "
                               f"checkpoint was trained with {config.memory.reference_length}; make them again with "
                               f"--reference-length {config.memory.reference_length}")
-        if config.memory.heads != "all":
-            raise ConfigError(f"memory.heads={config.memory.heads}: a bank holds all heads of its memory layers; take "
-                              "a checkpoint with memory.heads=all")
         check_codec(options.codec, config.model.head_size)
         return cls(options=options, loaded=replace(loaded, config=config), references=references)
 
@@ -76,6 +75,16 @@ class BankJob:
                 "references": self.references.hash}
 
     @property
+    def memory_heads(self) -> str:
+        """The heads that hold memory, as the bank will say."""
+        return head_list(self.loaded.config.memory_heads, self.loaded.config.model.num_kv_heads)
+
+    @property
+    def memory_lists(self) -> Tensor:
+        """Which heads hold memory in which memory layers, bool [L, G]."""
+        return held_lists(self.loaded.config.memory_heads, self.loaded.config.model.num_kv_heads)
+
+    @property
     def key(self) -> dict[str, Any]:
         """All that decides the bank's bytes, as JSON values."""
         options, config = self.options, self.loaded.config
@@ -83,6 +92,7 @@ class BankJob:
         shape = {"layers": config.memory_layers, "tokens": config.memory.num_kept_tokens,
                  "selection": config.memory.selection, "spread": config.memory.spread, "prefix": config.memory.prefix,
                  "dtype": config.training.dtype}
+        shape |= {"heads": self.memory_heads} if self.memory_heads != "all" else {}
         return {"kind": KIND, "schema": SCHEMA, "inputs": self.inputs,
                 "settings": shape | {name: getattr(options, name) for name in names}}
 
@@ -94,7 +104,7 @@ class BankJob:
             memory_layers=self.loaded.config.memory_layers, num_kept_tokens=memory.num_kept_tokens,
             selection=memory.selection, spread=memory.spread, prefix=memory.prefix,
             reference_length=memory.reference_length, num_kv_heads=model.num_kv_heads, head_size=model.head_size,
-            codec=codec.name, token_bytes=codec.token_bytes,
+            codec=codec.name, token_bytes=codec.token_bytes, memory_heads=self.memory_heads,
         )
 
     def sample_ids(self) -> np.ndarray:
@@ -166,17 +176,18 @@ def _prepare_codec(job: BankJob, comm: Any, folder: ShardFolder) -> Codec:
         sample = _encode_sample(job, comm)
         with agree(comm):
             if comm.rank == 0:
-                codec = train_codec(job.options.codec, sample, dtype=dtype, shared=job.options.codec_shared,
-                                    sensitivity=job.sensitivity)
+                codec = train_codec(job.options.codec, sample, held_LG=job.memory_lists, dtype=dtype,
+                                    shared=job.options.codec_shared, sensitivity=job.sensitivity)
                 if job.options.codec != "none":
                     key, value = codec.errors(sample)
-                    why = f" (auto: what {len(sample.vectors(0)):,} keys can train)" * (job.options.codec == "auto")
+                    keys = len(sample.vectors(0, job.memory_lists))
+                    why = f" (auto: what {keys:,} keys can train)" * (job.options.codec == "auto")
                     print(f"codec {codec.name}{why}: {codec.token_bytes} bytes for a key and value of {head_size} "
                           f"numbers each, squared error {key:.4f} of keys, {value:.4f} of values", flush=True)
                 shutil.rmtree(place, ignore_errors=True)
                 codec.save(place, {name: job.inputs[name] for name in ("checkpoint", "references")})
     with agree(comm):
-        return load_codec(place)[0]
+        return load_codec(place, job.memory_lists)[0]
     raise AssertionError("agree raises what the block did")
 
 
@@ -244,4 +255,4 @@ def _finish(job: BankJob, folder: ShardFolder, settings: BankSettings, codec_has
     codec_files = read_manifest(folder.folder / CODEC, CODEC_KIND, CODEC_SCHEMA).files
     files = folder.files(settings.num_blocks) | {f"{CODEC}/{name}": entry for name, entry in codec_files.items()}
     write_manifest(folder.folder, Manifest(kind=KIND, schema=SCHEMA, inputs=job.inputs | {"codec": codec_hash},
-                                           settings=asdict(settings), files=files))
+                                           settings=settings.to_dict(), files=files))

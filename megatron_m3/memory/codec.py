@@ -4,7 +4,8 @@ Three kinds: the numbers themselves; a FAISS construction, with codebooks of the
 carry the rotation of RoPE and a few large channels, values do not); and ``KLTn``, which codes key and value together by
 a transform of each layer and head, see :mod:`megatron_m3.memory.joint_codec`.
 
-A *list* is what one head of one layer holds of a reference: codes of its kept tokens.
+A *list* is what one head of one layer holds of a reference: codes of its kept tokens. Letter C: lists, by layer and
+head; heads that hold no memory in a layer have none there.
 """
 
 from abc import ABC, abstractmethod
@@ -32,6 +33,8 @@ class Codec(ABC):
     name: str
     """none, KLT and a number, or the FAISS factory string."""
     head_size: int
+    held_LG: Tensor | None = None
+    """Which heads hold memory in which memory layers, bool; None where all do. The bank says it, not the files."""
     kind: ClassVar[str]
 
     @property
@@ -40,15 +43,15 @@ class Codec(ABC):
         """Bytes of the key and the value of one kept token."""
 
     @abstractmethod
-    def encode_lists(self, memories: ExplicitMemories) -> np.ndarray:
-        """Codes uint8 [N, L, G, K * token_bytes]; those of empty slots may be anything."""
+    def encode_lists(self, kv_NCXKD: Tensor, positions_NCK: Tensor) -> np.ndarray:
+        """Codes uint8 [N, C, K * token_bytes]; those of empty slots may be anything."""
 
     @abstractmethod
-    def decode_lists(self, codes_NLGB: np.ndarray, positions_NLGK: Tensor, heads: slice) -> Tensor:
-        """Keys and values, float32 [N, L, 2, G, K, D]; those of empty slots may be anything."""
+    def decode_lists(self, codes_NCB: np.ndarray, positions_NCK: Tensor, heads: slice) -> Tensor:
+        """Keys and values of the lists of ``heads``, float32 [N, C, 2, K, D]; of empty slots they may be anything."""
 
     @abstractmethod
-    def empty_lists(self, codes_NLGB: np.ndarray, valid_NK: np.ndarray) -> np.ndarray:
+    def empty_lists(self, codes_NCB: np.ndarray, valid_NK: np.ndarray) -> np.ndarray:
         """The codes with 0 where a slot is empty."""
 
     @abstractmethod
@@ -60,21 +63,39 @@ class Codec(ABC):
         """What :meth:`from_files` needs beside name and head size."""
 
     def encode(self, memories: ExplicitMemories) -> np.ndarray:
-        """Codes uint8 [N, L, G, K * token_bytes], 0 in empty slots.
+        """Codes uint8 [N, C, K * token_bytes], 0 in empty slots.
 
         Raises:
             M3Error: a key or value is not finite.
         """
         check_finite(memories)
-        return self.empty_lists(self.encode_lists(memories), memories.valid_slots().numpy())
+        held_LG = self._held(memories.positions)
+        codes = self.encode_lists(memories.kv.transpose(2, 3)[:, held_LG], memories.positions[:, held_LG])
+        return self.empty_lists(codes, memories.valid_slots().numpy())
 
     def decode(
-        self, codes_NLGB: np.ndarray, positions_NLGK: Tensor, num_kept_N: Tensor, heads: slice = slice(None)
+        self, codes_NCB: np.ndarray, positions_NLGK: Tensor, num_kept_N: Tensor, heads: slice = slice(None)
     ) -> Tensor:
-        """Keys and values of the kv heads ``heads``, float32 [N, L, 2, G, K, D], 0 in empty slots."""
-        kv_NLXGKD = self.decode_lists(codes_NLGB, positions_NLGK, heads)
-        empty_NK = torch.arange(kv_NLXGKD.shape[4]) >= num_kept_N[:, None]
-        return kv_NLXGKD.masked_fill_(empty_NK[:, None, None, None, :, None], 0)
+        """Keys and values of the kv heads ``heads``, float32 [N, L, 2, G, K, D].
+
+        They are 0 in empty slots, and where a head holds no memory. The codes are of the lists of ``heads`` alone.
+        """
+        held_LG = self._held(positions_NLGK, heads)
+        kv_NCXKD = self.decode_lists(codes_NCB, positions_NLGK[:, held_LG], heads)
+        empty_NK = torch.arange(kv_NCXKD.shape[3]) >= num_kept_N[:, None]
+        if empty_NK.any():
+            kv_NCXKD.masked_fill_(empty_NK[:, None, None, :, None], 0)
+        if held_LG.all():
+            return kv_NCXKD.unflatten(1, held_LG.shape).transpose(2, 3)
+        kv_NLGXKD = kv_NCXKD.new_zeros(len(kv_NCXKD), *held_LG.shape, *kv_NCXKD.shape[2:])
+        kv_NLGXKD[:, held_LG] = kv_NCXKD
+        return kv_NLGXKD.transpose(2, 3)
+
+    def _held(self, positions_NLGK: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Which of ``heads``, whose positions are given, hold memory in which memory layers."""
+        if self.held_LG is None:
+            return torch.ones(positions_NLGK.shape[1:3], dtype=torch.bool)
+        return self.held_LG[:, heads]
 
     def round_trip(self, memories: ExplicitMemories) -> ExplicitMemories:
         """Memories as they come back from a bank with this codec."""
@@ -83,9 +104,9 @@ class Codec(ABC):
 
     def errors(self, memories: ExplicitMemories) -> tuple[float, float]:
         """Squared error of keys and of values, each as a share of their squared length."""
-        after = self.round_trip(memories)
-        squares = [((after.kv - memories.kv)[:, :, part].square().sum(), memories.kv[:, :, part].square().sum())
-                   for part in (0, 1)]
+        held_LG = self._held(memories.positions)
+        before, after = (some.kv.transpose(2, 3)[:, held_LG] for some in (memories, self.round_trip(memories)))
+        squares = [((after - before)[:, :, part].square().sum(), before[:, :, part].square().sum()) for part in (0, 1)]
         key, value = (float(error / max(total, torch.tensor(1e-30))) for error, total in squares)
         return key, value
 
@@ -115,10 +136,10 @@ class SeparateCodec(Codec):
     kind: ClassVar[str] = "separate"
 
     @classmethod
-    def none(cls, head_size: int, dtype: Dtype = "fp32") -> "SeparateCodec":
+    def none(cls, head_size: int, dtype: Dtype = "fp32", held_LG: Tensor | None = None) -> "SeparateCodec":
         """No compression."""
         raw = RawVectors(head_size, dtype)
-        return cls(name="none", head_size=head_size, dtype=dtype, key=raw, value=raw)
+        return cls(name="none", head_size=head_size, held_LG=held_LG, dtype=dtype, key=raw, value=raw)
 
     @property
     def token_bytes(self) -> int:
@@ -130,22 +151,22 @@ class SeparateCodec(Codec):
         """Whether keys and values have one codebook."""
         return self.key is self.value
 
-    def encode_lists(self, memories: ExplicitMemories) -> np.ndarray:
+    def encode_lists(self, kv_NCXKD: Tensor, positions_NCK: Tensor) -> np.ndarray:
         """See :class:`Codec`."""
-        codes = [_apply(part.encode, memories.kv[:, :, place].numpy())
-                 for place, part in enumerate((self.key, self.value))]
-        return np.stack(codes, 3).reshape(*codes[0].shape[:3], codes[0].shape[3] * self.token_bytes)
+        parts = (self.key, self.value)
+        codes = [_apply(part.encode, kv_NCXKD[:, :, place].numpy()) for place, part in enumerate(parts)]
+        return np.stack(codes, 2).reshape(*codes[0].shape[:2], codes[0].shape[2] * self.token_bytes)
 
-    def decode_lists(self, codes_NLGB: np.ndarray, positions_NLGK: Tensor, heads: slice) -> Tensor:
+    def decode_lists(self, codes_NCB: np.ndarray, positions_NCK: Tensor, heads: slice) -> Tensor:
         """See :class:`Codec`."""
-        codes_NLGXKB = codes_NLGB.reshape(*positions_NLGK.shape[:3], 2, positions_NLGK.shape[3], self.key.code_bytes)
-        parts = [_apply(part.decode, codes_NLGXKB[:, :, :, place]) for place, part in enumerate((self.key, self.value))]
+        codes_NCXKB = codes_NCB.reshape(*positions_NCK.shape[:2], 2, positions_NCK.shape[2], self.key.code_bytes)
+        parts = [_apply(part.decode, codes_NCXKB[:, :, place]) for place, part in enumerate((self.key, self.value))]
         return torch.from_numpy(np.stack(parts, 2))
 
-    def empty_lists(self, codes_NLGB: np.ndarray, valid_NK: np.ndarray) -> np.ndarray:
+    def empty_lists(self, codes_NCB: np.ndarray, valid_NK: np.ndarray) -> np.ndarray:
         """See :class:`Codec`."""
-        codes = codes_NLGB.reshape(*codes_NLGB.shape[:3], 2, valid_NK.shape[1], self.key.code_bytes)
-        return (codes * valid_NK[:, None, None, None, :, None]).reshape(codes_NLGB.shape)
+        codes = codes_NCB.reshape(*codes_NCB.shape[:2], 2, valid_NK.shape[1], self.key.code_bytes)
+        return (codes * valid_NK[:, None, None, :, None]).reshape(codes_NCB.shape)
 
     def files(self) -> dict[str, bytes]:
         """See :class:`Codec`."""
@@ -157,14 +178,16 @@ class SeparateCodec(Codec):
         return {"dtype": self.dtype, "shared": self.is_shared}
 
     @classmethod
-    def from_files(cls, settings: dict[str, object], files: dict[str, bytes]) -> "SeparateCodec":
+    def from_files(
+        cls, settings: dict[str, object], files: dict[str, bytes], held_LG: Tensor | None
+    ) -> "SeparateCodec":
         """The codec that was saved."""
         size: int = settings["head_size"]  # type: ignore[assignment]
         dtype: Dtype = settings["dtype"]  # type: ignore[assignment]
         if settings["name"] == "none":
-            return cls.none(size, dtype)
+            return cls.none(size, dtype, held_LG)
         first, *others = (FaissVectors.from_bytes(files[name]) for name in sorted(files))
-        return cls(name=str(settings["name"]), head_size=size, dtype=dtype, key=first,
+        return cls(name=str(settings["name"]), head_size=size, held_LG=held_LG, dtype=dtype, key=first,
                    value=others[0] if others else first)
 
 

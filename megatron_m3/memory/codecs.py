@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from megatron_m3.errors import ArtifactError, ConfigError
 from megatron_m3.manifest import check_files, read_manifest
@@ -20,8 +22,8 @@ VECTORS_PER_NUMBER = 2
 """Fewest kept tokens to train KLT on, for each number of a key and value."""
 
 
-def load_codec(folder: Path) -> tuple[Codec, str]:
-    """A saved codec and its hash.
+def load_codec(folder: Path, held_LG: Tensor | None = None) -> tuple[Codec, str]:
+    """A saved codec and its hash; ``held_LG`` are the lists that it was trained for, None for all.
 
     Raises:
         ArtifactError: it is missing or damaged.
@@ -31,7 +33,7 @@ def load_codec(folder: Path) -> tuple[Codec, str]:
     files = {name: (folder / name).read_bytes() for name in manifest.files}
     kinds: dict[str, type[SeparateCodec] | type[JointCodec]] = {"separate": SeparateCodec, "joint": JointCodec}
     try:
-        return kinds[manifest.settings["kind"]].from_files(manifest.settings, files), manifest.hash
+        return kinds[manifest.settings["kind"]].from_files(manifest.settings, files, held_LG), manifest.hash
     except ArtifactError as error:
         raise ArtifactError(f"{folder}: {error}") from None
 
@@ -63,7 +65,7 @@ def token_bytes(name: str, head_size: int) -> int:
 
 
 def train_codec(
-    name: str, sample: ExplicitMemories, *, dtype: Dtype = "fp32", shared: bool = False,
+    name: str, sample: ExplicitMemories, *, held_LG: Tensor | None = None, dtype: Dtype = "fp32", shared: bool = False,
     sensitivity: Callable[[], Sensitivity] | None = None,
 ) -> Codec:
     """The codec ``name`` for memories like ``sample``; same sample, same bytes.
@@ -71,6 +73,7 @@ def train_codec(
     Args:
         name: auto, none, KLT and the bytes of a key and value, or a FAISS factory string.
         sample: memories of references that were drawn uniformly.
+        held_LG: which heads hold memory in which memory layers, bool; the others teach nothing. None: all do.
         dtype: numbers of the codec none.
         shared: one FAISS codebook for keys and values together.
         sensitivity: measures what readers notice; KLT asks for it.
@@ -80,9 +83,11 @@ def train_codec(
     """
     head_size = sample.kv.shape[-1]
     if name == "none":
-        return SeparateCodec.none(head_size, dtype)
+        return SeparateCodec.none(head_size, dtype, held_LG)
+    if held_LG is None:
+        held_LG = torch.ones(sample.positions.shape[1:3], dtype=torch.bool)
     kept = int(sample.num_kept.sum())
-    count = kept * sample.kv.shape[1] * sample.kv.shape[3]
+    count = kept * int(held_LG.sum())
     if name == "auto":
         name = choose_factory(head_size, count)
     size = token_bytes(name, head_size)
@@ -90,14 +95,14 @@ def train_codec(
     if JOINT.fullmatch(name):
         _check_sample(name, sample, kept, VECTORS_PER_NUMBER * 2 * head_size, "kept tokens")
         assert sensitivity is not None, "KLT needs to know what readers notice"
-        return JointCodec.train(size, sample, sensitivity())
+        return JointCodec.train(size, sample, sensitivity(), held_LG)
     _check_sample(name, sample, count, vectors_needed(name), "keys")
-    key, value = sample.vectors(0), sample.vectors(1)
+    key, value = sample.vectors(0, held_LG), sample.vectors(1, held_LG)
     if shared:
-        both = FaissVectors.train(name, np.concatenate([key, value]))
-        return SeparateCodec(name=name, head_size=head_size, dtype=dtype, key=both, value=both)
-    return SeparateCodec(name=name, head_size=head_size, dtype=dtype, key=FaissVectors.train(name, key),
-                         value=FaissVectors.train(name, value))
+        trained = [FaissVectors.train(name, np.concatenate([key, value]))] * 2
+    else:
+        trained = [FaissVectors.train(name, key), FaissVectors.train(name, value)]
+    return SeparateCodec(name=name, head_size=head_size, held_LG=held_LG, dtype=dtype, key=trained[0], value=trained[1])
 
 
 def _check_sample(name: str, sample: ExplicitMemories, count: int, needed: int, what: str) -> None:

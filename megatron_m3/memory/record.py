@@ -1,14 +1,16 @@
 """The record of one reference in a bank: fixed size, so that its place in a shard is a multiplication.
 
-    codes      uint8 [G, L, K * bytes]   G key-value heads, L memory layers, K kept tokens, in the codec's order
-    positions  int16 [G, L, K]
+    codes      uint8 [C, K * bytes]   C lists, K kept tokens; a list is what one head of one layer holds
+    positions  int16 [C, K]
     num_kept   int32
-    checksums  uint32 [G]                  CRC32 of a head's codes, positions and of num_kept
+    checksums  uint32 [G]             G key-value heads; CRC32 of a head's codes, positions and of num_kept
 
-All little-endian and C-contiguous. The head comes first, so that a tensor-parallel rank reads one contiguous slice of
-the codes; the checksums are by head, so that it can check what it read. Slots that hold no kept token are 0.
+All little-endian and C-contiguous. Lists are by head, then by memory layer, so that a tensor-parallel rank reads one
+contiguous slice of the codes; the checksums are by head, so that it can check what it read. Heads that hold no memory
+in a layer have no list there. Slots that hold no kept token are 0.
 """
 
+import itertools
 import zlib
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 
 def record_bytes(num_heads: int, num_lists: int, num_kept_tokens: int, token_bytes: int) -> int:
-    """Bytes of a record in which ``num_lists`` pairs of a layer and a head, all heads together, hold kept tokens."""
+    """Bytes of a record of ``num_lists`` lists, all heads together."""
     return num_lists * num_kept_tokens * (token_bytes + 2) + 4 * num_heads + 4
 
 
@@ -26,90 +28,111 @@ def record_bytes(num_heads: int, num_lists: int, num_kept_tokens: int, token_byt
 class RecordLayout:
     """Shape of the records of one bank."""
 
-    num_heads: int
-    num_layers: int
+    held_LG: Tensor
+    """Which heads hold memory in which memory layers, bool."""
     num_kept_tokens: int
     token_bytes: int
     """Bytes of the key and the value of one kept token."""
 
     @property
-    def head_bytes(self) -> int:
-        """Bytes of one head's codes."""
-        return self.num_layers * self.num_kept_tokens * self.token_bytes
+    def num_heads(self) -> int:
+        """Key-value heads, those that hold no memory too."""
+        return self.held_LG.shape[1]
+
+    @property
+    def list_bytes(self) -> int:
+        """Bytes of the codes of one list."""
+        return self.num_kept_tokens * self.token_bytes
 
     @property
     def codes_bytes(self) -> int:
         """Bytes of all codes; what follows starts here."""
-        return self.num_heads * self.head_bytes
-
-    @property
-    def positions_bytes(self) -> int:
-        """Bytes of one head's positions."""
-        return 2 * self.num_layers * self.num_kept_tokens
+        return int(self.held_LG.sum()) * self.list_bytes
 
     @property
     def tail_bytes(self) -> int:
         """Bytes after the codes."""
-        return self.num_heads * (self.positions_bytes + 4) + 4
+        return self.record_bytes - self.codes_bytes
 
     @property
     def record_bytes(self) -> int:
         """Bytes of a record."""
-        return self.codes_bytes + self.tail_bytes
+        return record_bytes(self.num_heads, int(self.held_LG.sum()), self.num_kept_tokens, self.token_bytes)
 
-    def pack(self, codes_NLGB: np.ndarray, positions_NLGK: Tensor, num_kept_N: Tensor) -> np.ndarray:
+    def lists(self, heads: slice) -> slice:
+        """The lists of ``heads``, in the record's order."""
+        first, last, _ = heads.indices(self.num_heads)
+        return slice(int(self.held_LG[:, :first].sum()), int(self.held_LG[:, : max(first, last)].sum()))
+
+    def codes(self, heads: slice) -> slice:
+        """Where in a record the codes of ``heads`` are."""
+        lists = self.lists(heads)
+        return slice(lists.start * self.list_bytes, lists.stop * self.list_bytes)
+
+    def pack(self, codes_NCB: np.ndarray, positions_NLGK: Tensor, num_kept_N: Tensor) -> np.ndarray:
         """Records of some references, uint8 [N, record_bytes]; their codes are those of :meth:`Codec.encode`."""
-        count = len(codes_NLGB)
+        count = len(codes_NCB)
         valid_NK = np.arange(self.num_kept_tokens) < num_kept_N.numpy()[:, None]
-        positions_NGLK = positions_NLGK.numpy().transpose(0, 2, 1, 3) * valid_NK[:, None, None, :]
+        positions_NCK = (positions_NLGK[:, self.held_LG].numpy() * valid_NK[:, None]).astype("<i2")
+        order_C = _by_head(self.held_LG)
         records = np.empty((count, self.record_bytes), np.uint8)
-        records[:, : self.codes_bytes] = codes_NLGB.transpose(0, 2, 1, 3).reshape(count, -1)
-        codes, positions, num_kept, _ = self.parts(records[:, : self.codes_bytes], records[:, self.codes_bytes :])
-        positions[:] = np.ascontiguousarray(positions_NGLK.astype("<i2")).view(np.uint8).reshape(positions.shape)
+        codes, tail = records[:, : self.codes_bytes], records[:, self.codes_bytes :]
+        positions, num_kept, sums = self.parts(tail)
+        codes[:] = codes_NCB[:, order_C].reshape(codes.shape)
+        positions[:] = positions_NCK[:, order_C].view(np.uint8).reshape(positions.shape)
         num_kept[:] = num_kept_N.numpy().astype("<i4").view(np.uint8).reshape(count, 4)
-        sums = [[self._checksum(codes[row, head], positions[row, head], num_kept[row])
-                 for head in range(self.num_heads)] for row in range(count)]
-        records[:, -4 * self.num_heads :] = np.array(sums, "<u4").reshape(count, self.num_heads).view(np.uint8)
+        sums[:] = self.checksums(codes, tail).view(np.uint8).reshape(sums.shape)
         return records
 
-    def parts(
-        self, codes: np.ndarray, tail: np.ndarray, heads: slice = slice(None)
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Views of the bytes of ``heads``: codes and positions [N, heads, bytes], num_kept [N, 4], sums [N, heads, 4].
+    def parts(self, tail: np.ndarray, heads: slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Views of the bytes of ``heads``: positions [N, bytes], num_kept [N, 4], checksums [N, heads * 4].
 
-        ``codes`` holds the codes of ``heads`` alone, ``tail`` all that stands after the codes in a record.
+        ``tail`` is all that stands after the codes in a record.
         """
-        count, middle = len(codes), self.num_heads * self.positions_bytes
-        positions = tail[:, :middle].reshape(count, self.num_heads, self.positions_bytes)[:, heads]
-        sums = tail[:, middle + 4 :].reshape(count, self.num_heads, 4)[:, heads]
-        code = codes.reshape(count, codes.shape[1] // self.head_bytes, self.head_bytes)
-        return code, positions, tail[:, middle : middle + 4], sums
+        first, last, _ = heads.indices(self.num_heads)
+        lists, size = self.lists(heads), 2 * self.num_kept_tokens
+        middle = self.lists(slice(None)).stop * size
+        sums = tail[:, middle + 4 + 4 * first : middle + 4 + 4 * max(first, last)]
+        return tail[:, lists.start * size : lists.stop * size], tail[:, middle : middle + 4], sums
+
+    def checksums(self, codes: np.ndarray, tail: np.ndarray, heads: slice = slice(None)) -> np.ndarray:
+        """What the checksums of ``heads`` should be, uint32 [N, heads]; ``codes`` are those of ``heads`` alone."""
+        positions, num_kept, _ = self.parts(tail, heads)
+        sizes = self.held_LG[:, heads].sum(0).tolist()
+        ends = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+        code, place = self.list_bytes, 2 * self.num_kept_tokens
+        found = [
+            [zlib.crc32(num_kept[row], zlib.crc32(positions[row, place * first : place * last],
+                                                  zlib.crc32(codes[row, code * first : code * last])))
+             for first, last in ends]
+            for row in range(len(tail))
+        ]
+        return np.array(found, "<u4").reshape(len(tail), len(ends))
 
     def damaged_rows(self, codes: np.ndarray, tail: np.ndarray, heads: slice = slice(None)) -> list[int]:
-        """Rows in which the checksum of a head does not fit; arguments as in :meth:`parts`."""
-        code, positions, num_kept, sums = self.parts(codes, tail, heads)
-        recorded = np.ascontiguousarray(sums).view("<u4")[..., 0]
-        return [
-            row for row in range(len(code))
-            if any(self._checksum(code[row, head], positions[row, head], num_kept[row]) != recorded[row, head]
-                   for head in range(code.shape[1]))
-        ]
-
-    @staticmethod
-    def _checksum(codes: np.ndarray, positions: np.ndarray, num_kept: np.ndarray) -> int:
-        return zlib.crc32(num_kept, zlib.crc32(positions, zlib.crc32(codes)))
+        """Rows in which the checksum of a head does not fit; arguments as in :meth:`checksums`."""
+        recorded = np.ascontiguousarray(self.parts(tail, heads)[2]).view("<u4")
+        return np.flatnonzero((recorded != self.checksums(codes, tail, heads)).any(1)).tolist()
 
     def unpack(
         self, codes: np.ndarray, tail: np.ndarray, heads: slice = slice(None)
     ) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Codes uint8 [N, L, heads, K * token_bytes], positions int16 [N, L, heads, K], num_kept int32 [N]."""
-        code, positions, num_kept, _ = self.parts(codes, tail, heads)
-        count, num_heads = code.shape[:2]
-        shape = (count, num_heads, self.num_layers, self.num_kept_tokens * self.token_bytes)
-        places = (count, num_heads, self.num_layers, self.num_kept_tokens)
-        placed = np.ascontiguousarray(positions).view("<i2").reshape(places)
+        """Codes of the lists of ``heads`` as :meth:`Codec.decode` takes them, positions int16 [N, L, heads, K] (0 where
+        a head holds no memory), num_kept int32 [N]; arguments as in :meth:`checksums`."""
+        held_LG, count = self.held_LG[:, heads], len(tail)
+        order_C = np.argsort(_by_head(held_LG))
+        positions, num_kept, _ = self.parts(tail, heads)
+        placed_NCK = np.ascontiguousarray(positions).view("<i2").reshape(count, len(order_C), self.num_kept_tokens)
+        positions_NLGK = torch.zeros((count, *held_LG.shape, self.num_kept_tokens), dtype=torch.int16)
+        positions_NLGK[:, held_LG] = torch.from_numpy(placed_NCK[:, order_C].astype(np.int16))
         return (
-            code.reshape(shape).transpose(0, 2, 1, 3),
-            torch.from_numpy(placed.transpose(0, 2, 1, 3).astype(np.int16)),
+            codes.reshape(count, len(order_C), self.list_bytes)[:, order_C],
+            positions_NLGK,
             torch.from_numpy(np.ascontiguousarray(num_kept).view("<i4")[:, 0].astype(np.int32)),
         )
+
+
+def _by_head(held_LG: Tensor) -> np.ndarray:
+    """The lists, which codecs have by layer and head, in the record's order: by head and layer."""
+    number_LG = held_LG.flatten().cumsum(0).view(held_LG.shape) - 1
+    return number_LG.T[held_LG.T].numpy()

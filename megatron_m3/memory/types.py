@@ -3,12 +3,17 @@
 Letters: N references, L memory layers, X key or value (0 is the key), G key-value heads, K kept tokens, D head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def held_lists(memory_heads: Mapping[int, Sequence[int]], num_heads: int) -> Tensor:
+    """Which of ``num_heads`` heads hold memory in which memory layer, bool [L, G], from those of each layer."""
+    return torch.tensor([[head in heads for head in range(num_heads)] for _, heads in sorted(memory_heads.items())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +42,12 @@ class ExplicitMemories:
         """Which slots hold a kept token, bool [N, K]."""
         return torch.arange(self.kv.shape[4]) < self.num_kept[:, None]
 
-    def vectors(self, part: int) -> np.ndarray:
-        """All kept keys (``part`` 0) or values (1), float32 [vectors, D], by reference, layer, head, token."""
-        valid_NLGK = self.valid_slots()[:, None, None, :].expand(self.positions.shape)
+    def vectors(self, part: int, held_LG: Tensor) -> np.ndarray:
+        """All kept keys (``part`` 0) or values (1), float32 [vectors, D], by reference, layer, head, token.
+
+        Those of heads that hold no memory, by ``held_LG``, are left out.
+        """
+        valid_NLGK = self.valid_slots()[:, None, None, :] & held_LG[..., None]
         return self.kv[:, :, part][valid_NLGK].numpy()
 
     @staticmethod
