@@ -17,7 +17,7 @@ def add_memory(source: "CheckpointSource", tokenizer: "Tokenizer", family: str, 
     """Copy the modelling file, and the one that it imports, into ``folder``; what it needs in ``config.json``.
 
     ``architectures`` and ``model_type`` stay those of the family, so that the folder loads without it too. A bank says
-    its own memory layers and kept tokens; those given here are what the model was trained with.
+    its own memory layers, heads and kept tokens; those given here are what the model was trained with.
     """
     for name in (MODULE, BANK):
         text = (Path(__file__).parent / "hf_memory" / f"{name}.py").read_text()
@@ -28,6 +28,7 @@ def add_memory(source: "CheckpointSource", tokenizer: "Tokenizer", family: str, 
         "memory": {
             "hashes": {"checkpoint": source.manifest.settings["weights_hash"], "tokenizer": tokenizer.hash},
             "layers": list(source.config.memory_layers),
+            "heads": memory.heads,
             "num_kept_tokens": memory.num_kept_tokens,
             "prefix": memory.prefix,
             "prefix_ids": tokenizer.prefix_ids(memory.prefix),

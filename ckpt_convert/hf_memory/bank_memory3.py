@@ -1,10 +1,12 @@
 """The memory bank as transformers' models read it, and the retriever over its references.
 
 Legend of shape suffixes: N references or chunks, G kv heads, D head size, L memory layers, X key or value, K kept
-tokens, M memory slots, B bytes, C pairs of a memory layer and a kv head, A bits of a code, E key and value together.
+tokens, M memory slots, B bytes, C lists, A bits of a code, E key and value together. A list is what one head of one
+layer holds; lists are by head, then by layer.
 """
 
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,12 +22,14 @@ SCHEMA = 2
 """Of banks and codecs."""
 BANK_SETTINGS = {"num_references", "block_size", "memory_layers", "num_kept_tokens", "selection", "spread", "prefix",
                  "reference_length", "num_kv_heads", "head_size", "codec", "token_bytes"}
+RARE_SETTINGS = frozenset({"memory_heads"})
+"""Of banks in which not all heads hold memory."""
 CODEC_SETTINGS = {"separate": {"kind", "name", "head_size", "dtype", "shared"},
                   "joint": {"kind", "name", "head_size", "num_heads"}}
 NEWER = "this modelling file does not know it; export the model again with a newer `m3 convert to-hf --memory`"
 
 Decode = Callable[[np.ndarray, Tensor, int], Tensor]
-"""Codes uint8 [G, L, B], positions int16 [G, L, K] and how many of K tokens are kept, to float32 [L, X, G, kept, D]."""
+"""Codes uint8 [C, B], positions int16 [C, K] and how many of K tokens are kept, to float32 [C, X, kept, D]."""
 Retrieve = Callable[[Sequence[Sequence[int]], int], tuple[Any, Any, Any]]
 """Token ids of N chunks and the number k of references for each, to ids, scores and validity, [N, k] each."""
 
@@ -45,7 +49,7 @@ class Bank:
         """
         self.folder = Path(folder)
         manifest = _read_manifest(self.folder, "bank")
-        _check_settings(self.folder, manifest, BANK_SETTINGS)
+        _check_settings(self.folder, manifest, BANK_SETTINGS, RARE_SETTINGS)
         for role in ("checkpoint", "tokenizer"):
             _check_input(self.folder, manifest, role, memory["hashes"][role])
         self.references_hash, self.settings = manifest["inputs"]["references"], manifest["settings"]
@@ -54,7 +58,18 @@ class Bank:
                 raise BankError(f"{self.folder}: written with {name} {self.settings[name]!r}, the model has "
                                 f"{memory[name]!r}; build the bank again")
         self.layers: list[int] = self.settings["memory_layers"]
-        self.decode = _open_codec(self.folder / "codec", manifest)
+        self.held_LG = self._held_lists()
+        self.decode = _open_codec(self.folder / "codec", manifest, self.held_LG)
+
+    def _held_lists(self) -> Tensor:
+        """Which heads hold memory in which of the bank's layers."""
+        held_LG = torch.ones(len(self.layers), self.settings["num_kv_heads"], dtype=torch.bool)
+        if "memory_heads" in self.settings:
+            parts = dict(part.split(":") for part in self.settings["memory_heads"].split(";"))
+            for place, layer in enumerate(self.layers):
+                heads = set(parts[str(layer)].split(","))
+                held_LG[place] = torch.tensor([str(head) in heads for head in range(held_LG.shape[1])])
+        return held_LG
 
     def fetch(self, ids: Sequence[int]) -> Tensor:
         """Keys (rotated) and values of the kept tokens of some references, one after another, [L, X, G, M, D]."""
@@ -62,22 +77,27 @@ class Bank:
         return torch.cat([torch.zeros(shape), *map(self._read, ids)], 3)
 
     def _read(self, id: int) -> Tensor:
-        """Float32 [L, X, G, kept, D] of one record: codes [G, L, B], positions [G, L, K], num_kept, sums by head."""
-        G, L, K = self.settings["num_kv_heads"], len(self.layers), self.settings["num_kept_tokens"]
+        """Float32 [L, X, G, kept, D] of one record: codes [C, B], positions [C, K], num_kept, sums by head."""
+        C, G, K = int(self.held_LG.sum()), self.settings["num_kv_heads"], self.settings["num_kept_tokens"]
         in_shard = self.settings["block_size"]
         if not 0 <= id < self.settings["num_references"]:
             raise BankError(f"{self.folder}: reference {id} is not in 0-{self.settings['num_references'] - 1}")
-        sizes = [G * L * K * self.settings["token_bytes"], G * 2 * L * K, 4, 4 * G]
+        sizes = [C * K * self.settings["token_bytes"], C * 2 * K, 4, 4 * G]
         path = self.folder / f"shard_{id // in_shard:06d}.bin"
         with path.open("rb") as stream:
             stream.seek(id % in_shard * sum(sizes))
             parts = np.split(np.fromfile(stream, np.uint8, sum(sizes)), np.cumsum(sizes))
-        codes, positions, num_kept = parts[0].reshape(G, -1), parts[1].reshape(G, -1), parts[2]
-        sums = [zlib.crc32(num_kept, zlib.crc32(positions[head], zlib.crc32(codes[head]))) for head in range(G)]
+        codes, positions, num_kept = parts[0].reshape(C, -1), parts[1].reshape(C, -1), parts[2]
+        ends = itertools.pairwise([0, *self.held_LG.sum(0).cumsum(0).tolist()])
+        sums = [zlib.crc32(num_kept, zlib.crc32(positions[lists], zlib.crc32(codes[lists])))
+                for lists in itertools.starmap(slice, ends)]
         if parts[3].tobytes() != np.array(sums, "<u4").tobytes():
             raise BankError(f"{path}: the record of reference {id} is damaged; build the bank again")
-        positions_GLK = torch.from_numpy(positions.copy().view("<i2").astype(np.int16).reshape(G, L, K))
-        return self.decode(codes.reshape(G, L, -1), positions_GLK, int.from_bytes(num_kept.tobytes(), "little"))
+        positions_CK = torch.from_numpy(positions.copy().view("<i2").astype(np.int16))
+        kv_CXMD = self.decode(codes, positions_CK, int.from_bytes(num_kept.tobytes(), "little"))
+        kv_GLXMD = kv_CXMD.new_zeros(*self.held_LG.T.shape, *kv_CXMD.shape[1:])
+        kv_GLXMD[self.held_LG.T] = kv_CXMD
+        return kv_GLXMD.permute(1, 2, 0, 3, 4)
 
 
 def _read_manifest(folder: Path, kind: str) -> dict[str, Any]:
@@ -102,8 +122,9 @@ def _read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     return manifest | {"hash": digest}
 
 
-def _check_settings(folder: Path, manifest: dict[str, Any], known: set[str]) -> None:
-    for name in sorted(known ^ set(manifest["settings"])):
+def _check_settings(folder: Path, manifest: dict[str, Any], known: set[str],
+                    rare: frozenset[str] = frozenset()) -> None:
+    for name in sorted(known ^ (set(manifest["settings"]) - rare)):
         raise BankError(f"{folder}: {manifest['kind']} setting {name}: {NEWER}")
 
 
@@ -114,7 +135,7 @@ def _check_input(folder: Path, manifest: dict[str, Any], role: str, actual: str)
                         "the bank of this model")
 
 
-def _open_codec(folder: Path, bank: dict[str, Any]) -> Decode:
+def _open_codec(folder: Path, bank: dict[str, Any], held_LG: Tensor) -> Decode:
     manifest = _read_manifest(folder, "codec")
     _check_input(folder.parent, bank, "codec", manifest["hash"])
     settings, files = manifest["settings"], {}
@@ -127,7 +148,7 @@ def _open_codec(folder: Path, bank: dict[str, Any]) -> Decode:
         if hashlib.sha256(files[name]).hexdigest() != file["sha256"]:
             raise BankError(f"{folder / name}: checksum differs from the manifest; build the bank again")
     if kind == "joint":
-        return JointCodec(files["keys_and_values.safetensors"], settings).decode
+        return JointCodec(files["keys_and_values.safetensors"], settings, held_LG).decode
     if settings["name"] != "none":
         return SeparateCodec([_faiss_decoder(folder, data) for data in files.values()]).decode
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["dtype"]]
@@ -149,42 +170,44 @@ class SeparateCodec:
         """One decoder for both or one for each: uint8 [K, B] to float32 [K, D]."""
         self.decoders = (decoders[0], decoders[-1])
 
-    def decode(self, codes_GLB: np.ndarray, positions_GLK: Tensor, kept: int) -> Tensor:
+    def decode(self, codes_CB: np.ndarray, positions_CK: Tensor, kept: int) -> Tensor:
         """See :data:`Decode`."""
-        codes_GLXKB = codes_GLB.reshape(*codes_GLB.shape[:2], 2, positions_GLK.shape[2], -1)[:, :, :, :kept]
-        shape = (*codes_GLB.shape[:2], kept, -1)
-        parts = [decode(np.ascontiguousarray(codes_GLXKB[:, :, part]).reshape(-1, codes_GLXKB.shape[-1])).reshape(shape)
+        codes_CXKB = codes_CB.reshape(len(codes_CB), 2, positions_CK.shape[1], -1)[:, :, :kept]
+        parts = [decode(np.ascontiguousarray(codes_CXKB[:, part]).reshape(-1, codes_CXKB.shape[-1]))
                  for part, decode in enumerate(self.decoders)]
-        return torch.from_numpy(np.stack(parts)).permute(2, 0, 1, 3, 4)
+        return torch.from_numpy(np.stack([part.reshape(len(codes_CB), kept, -1) for part in parts], 1))
 
 
 class JointCodec:
-    """Codes of tokens, key and value together: a transform for each layer and head, keys turned back to position 0."""
+    """Codes of tokens, key and value together: a transform for each list, keys turned back to position 0."""
 
-    def __init__(self, data: bytes, settings: dict[str, Any]) -> None:
+    def __init__(self, data: bytes, settings: dict[str, Any], held_LG: Tensor) -> None:
+        """The file has the transforms by layer, then by head."""
         tensors = load(data)
-        self.frequency, self.mean_CE, self.from_CEE = (tensors[name] for name in ("frequency", "mean_CD", "from_CDD"))
-        bits_CE = tensors["bits_CD"].int()
+        number_LG = held_LG.flatten().cumsum(0).view(held_LG.shape) - 1
+        order_C = number_LG.T[held_LG.T]
+        self.mean_CE, self.from_CEE, bits_CE = (tensors[name][order_C] for name in ("mean_CD", "from_CDD", "bits_CD"))
+        self.frequency, bits_CE = tensors["frequency"], bits_CE.int()
         # where the bits of a code stand among 8 bits for every coordinate
         stored = (torch.arange(8) >= 8 - bits_CE[..., None]).flatten(1)
         self.places_CA = stored.nonzero()[:, 1].reshape(len(stored), -1).numpy()
         self.levels, self.rows_CE = tensors["levels"].flatten(), 256 * bits_CE
         self.head_size: int = settings["head_size"]
 
-    def decode(self, codes_GLB: np.ndarray, positions_GLK: Tensor, kept: int) -> Tensor:
+    def decode(self, codes_CB: np.ndarray, positions_CK: Tensor, kept: int) -> Tensor:
         """See :data:`Decode`."""
-        G, L, K = positions_GLK.shape
-        codes_CKB = codes_GLB.reshape(G, L, K, -1)[:, :, :kept].swapaxes(0, 1).reshape(L * G, kept, -1)
-        every_CKA = np.zeros((L * G, kept, 8 * self.mean_CE.shape[1]), np.uint8)
+        C, K = positions_CK.shape
+        codes_CKB = codes_CB.reshape(C, K, -1)[:, :kept]
+        every_CKA = np.zeros((C, kept, 8 * self.mean_CE.shape[1]), np.uint8)
         np.put_along_axis(every_CKA, self.places_CA[:, None], np.unpackbits(codes_CKB, axis=-1), -1)
         level_CKE = torch.from_numpy(np.packbits(every_CKA, axis=-1)).int()
         vectors_CKE = self.levels[level_CKE + self.rows_CE[:, None]] @ self.from_CEE + self.mean_CE[:, None]
-        key_LGKD, value_LGKD = vectors_CKE.view(L, G, kept, 2, self.head_size).unbind(3)
-        angle = positions_GLK[:, :, :kept].swapaxes(0, 1)[..., None].double() * self.frequency
+        key_CKD, value_CKD = vectors_CKE.view(C, kept, 2, self.head_size).unbind(2)
+        angle = positions_CK[:, :kept, None].double() * self.frequency
         cosine, sine = angle.cos().float(), angle.sin().float()
-        first, second = key_LGKD.chunk(2, -1)
-        turned_LGKD = torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
-        return torch.stack([turned_LGKD, value_LGKD], 1)
+        first, second = key_CKD.chunk(2, -1)
+        turned_CKD = torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+        return torch.stack([turned_CKD, value_CKD], 1)
 
 
 class Tokens:

@@ -13,7 +13,7 @@ L memory layers, X key or value, M memory slots.
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from transformers.utils import cached_file
 from ckpt_convert.hf_memory.bank_memory3 import Bank, BankError, Retrieve, Tokens, open_retriever
 
 ATTENTION = "memory3"
+EVERY_HEAD: Mapping[int, Tensor] = {}
 MIN_TEMPERATURE = 1e-3
 """Below it a division of the logits can overflow."""
 
@@ -69,12 +70,21 @@ class Generation:
 
 
 def attention(module: Any, query_1HSD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, mask: None,
-              scaling: float | None = None, **unused: Any) -> tuple[Tensor, None]:
-    """Attention of the newest S of T cached tokens to what stands before each; memories stand before all of them."""
-    S, T = query_1HSD.shape[2], key_1GTD.shape[2]
-    before_ST = torch.ones(S, T, dtype=torch.bool, device=query_1HSD.device).tril(T - S) if S > 1 else None
+              scaling: float | None = None, memory_readers: Mapping[int, Tensor] = EVERY_HEAD,
+              memory_slots: slice = slice(0), **unused: Any) -> tuple[Tensor, None]:
+    """Attention of the newest S of T cached tokens to what stands before each; memories stand before all of them.
+
+    In layers of ``memory_readers`` only its query heads, bool [H], see the columns ``memory_slots``.
+    """
+    H, S, T = query_1HSD.shape[1], query_1HSD.shape[2], key_1GTD.shape[2]
+    readers_H, seen = memory_readers.get(module.layer_idx), None
+    if S > 1 or readers_H is not None:
+        seen = torch.ones(S, T, dtype=torch.bool, device=query_1HSD.device).tril(T - S)
+    if seen is not None and readers_H is not None:
+        seen = seen.repeat(H, 1, 1)
+        seen[~readers_H, :, memory_slots] = False
     out_1HSD = torch.nn.functional.scaled_dot_product_attention(
-        query_1HSD, key_1GTD, value_1GTD, attn_mask=before_ST, scale=scaling, enable_gqa=True)
+        query_1HSD, key_1GTD, value_1GTD, attn_mask=seen, scale=scaling, enable_gqa=True)
     return out_1HSD.transpose(1, 2).contiguous(), None
 
 
@@ -87,6 +97,10 @@ class Text:
     def __init__(self, model: Any) -> None:
         self.model, self.cache, self.position, self.num_slots = model, DynamicCache(), 0, 0
         self.prefix: list[int] = model.config.memory["prefix_ids"]
+        each = model.config.num_attention_heads // model.config.num_key_value_heads
+        self.readers = {layer: held_G.repeat_interleave(each).to(model.device)
+                        for layer, held_G in zip(model.bank.layers, model.bank.held_LG, strict=True)
+                        if not held_G.all()}
         self.read(self.prefix)
         self.position += model.config.memory["reference_length"]
 
@@ -95,8 +109,9 @@ class Text:
         positions_S = torch.arange(self.position, self.position + len(tokens), device=self.model.device)
         self.position += len(tokens)
         ids_1S = torch.tensor([tokens], device=self.model.device)
+        slots = slice(len(self.prefix), len(self.prefix) + self.num_slots)
         return self.model(input_ids=ids_1S, position_ids=positions_S[None], past_key_values=self.cache, use_cache=True,
-                          logits_to_keep=1).logits[0, -1]
+                          logits_to_keep=1, memory_readers=self.readers, memory_slots=slots).logits[0, -1]
 
     def recall(self, ids: Sequence[int]) -> None:
         """Put the memories of some references in the place of those that are there."""

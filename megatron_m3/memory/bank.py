@@ -66,7 +66,8 @@ class BankSettings:
     @property
     def record(self) -> RecordLayout:
         """Layout of a record."""
-        return RecordLayout(held_LG=self.memory_lists, num_kept_tokens=self.num_kept_tokens, token_bytes=self.token_bytes)
+        return RecordLayout(held_LG=self.memory_lists, num_kept_tokens=self.num_kept_tokens,
+                            token_bytes=self.token_bytes)
 
     @property
     def num_blocks(self) -> int:

@@ -21,8 +21,9 @@ from tests.launcher import run_command
 from tests.tiny_model import joined_world, sentence, tiny_model
 
 FAMILIES = {"llama": {}, "qwen3": {"model__qk_norm": "true"}, "qwen2": {"model__qkv_bias": "true"}, "mistral": {}}
-CODECS = [("llama", "none"), ("llama", "KLT12"), ("qwen3", "none"), ("qwen3", "SQ4"), ("qwen2", "KLT20"),
-          ("mistral", "SQ8")]
+BANKS = [("llama", "none", "all"), ("llama", "KLT12", "all"), ("qwen3", "none", "all"), ("qwen3", "SQ4", "all"),
+         ("qwen2", "KLT20", "all"), ("mistral", "SQ8", "all"), ("llama", "none", "1:1;2:0"),
+         ("qwen2", "KLT20", "1:1;2:0,1"), ("qwen3", "SQ4", "1:0,1;2:1")]
 PROMPT_WORDS, NEW_TOKENS = (0, 1, 5, 14), 20
 
 
@@ -68,13 +69,14 @@ def exported(folder: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def bank(folder: Path) -> Callable[[str, str], Path]:
-    """Bank of a family, made once for each codec."""
+def bank(folder: Path) -> Callable[..., Path]:
+    """Bank of a family, made once for each codec and memory heads."""
     @functools.cache
-    def bank(family: str, codec: str) -> Path:
-        output = folder / f"bank_{family}_{codec}"
+    def bank(family: str, codec: str, heads: str = "all") -> Path:
+        output = folder / f"bank_{family}_{codec}_{heads}"
         main(["bank", "build", "--checkpoint", str(folder / family / "run"), "--references",
-              str(folder / "references"), "--output", str(output), "--codec", codec, "--block-size", "16"])
+              str(folder / "references"), "--output", str(output), "--codec", codec, "--block-size", "16",
+              "--memory-heads", heads])
         return output
 
     return bank
@@ -111,13 +113,14 @@ def summary(generation: Any) -> list[Any]:
     )]
 
 
-@pytest.mark.parametrize(("family", "codec"), CODECS)
-def test_transformers_generates_what_the_engine_does(folder: Path, exported: Any, bank: Any, family: str,
-                                                     codec: str) -> None:
+@pytest.mark.parametrize(("family", "codec", "heads"), BANKS)
+def test_transformers_generates_what_the_engine_does(folder: Path, exported: Any, bank: Any, family: str, codec: str,
+                                                     heads: str) -> None:
     model = load(exported(family))
     assert type(model).__name__.startswith("Memory3")
-    bank_folder = bank(family, codec)
+    bank_folder = bank(family, codec, heads)
     engine = engine_of(folder, family, bank_folder)
+    assert engine.config.memory.heads == heads
     ids, stop_at_eos = prompts(engine), family == "mistral"
     expected, _ = engine.generate_tokens(ids, NEW_TOKENS, stop_at_eos=stop_at_eos)
     model.open_bank(bank_folder, **knowledge(folder))
