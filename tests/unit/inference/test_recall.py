@@ -98,17 +98,42 @@ def test_generation_is_what_the_method_says_at_every_token(loaded, retriever, en
         assert one.tokens == generate_by_definition(loaded, retriever, prompt, 18)
 
 
-def test_heads_that_hold_no_memory_read_none(loaded, retriever):
+def with_heads(loaded, heads):
+    memory = dataclasses.replace(loaded.config.memory, heads=heads)
+    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, memory=memory))
+
+
+def warm(loaded, retriever, folder):
+    """The memories of a bank, which has the memory heads alone."""
+    from mpi4py import MPI
+
+    from megatron_m3.config.bank import BankConfig
+    from megatron_m3.memory import MemoryBank, WarmSource
+    from megatron_m3.memory.build import build_bank
+
+    options = BankConfig(checkpoint="run", references=str(retriever.references.folder), output=str(folder / "bank"),
+                         codec="none")
+    build_bank(options, MPI.COMM_SELF, lambda path: loaded)
+    bank = MemoryBank.open(folder / "bank")
+    assert bank.configure(loaded.config).memory.heads == loaded.config.memory.heads
+    return WarmSource(bank)
+
+
+@pytest.mark.parametrize("source", ["cold", "warm"])
+def test_heads_that_hold_no_memory_read_none(loaded, retriever, tmp_path, source):
     from megatron_m3.inference.engine import Engine
 
-    memory = dataclasses.replace(loaded.config.memory, heads="0:1;1:0,1;2:0")
-    some = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, memory=memory))
-    prompts = prompts_of(loaded, [5, 11])
-    found, _ = Engine(some, retriever, cold(some, retriever)).generate_tokens(prompts, 10, stop_at_eos=False)
+    some, prompts = with_heads(loaded, "0:1;1:0,1;2:0"), prompts_of(loaded, [5, 11])
+    memories = cold(some, retriever) if source == "cold" else warm(some, retriever, tmp_path)
+    found, _ = Engine(some, retriever, memories).generate_tokens(prompts, 10, stop_at_eos=False)
     every, _ = Engine(loaded, retriever, cold(loaded, retriever)).generate_tokens(prompts, 10, stop_at_eos=False)
     assert [one.tokens for one in found] != [one.tokens for one in every]
     for prompt, one in zip(prompts, found, strict=True):
         assert one.tokens == generate_by_definition(some, retriever, prompt, 10)
+        for read in one.chunks[0].references:
+            length = int(retriever.references.tokens([read.id])[1][0])
+            kept = list(range(length))
+            assert read.kept_positions == [[[], kept], [kept, kept], [kept, []]]
 
 
 def test_memories_matter(loaded, engine):

@@ -217,17 +217,3 @@ def test_inspect_marks_what_was_kept(raw, folder, references, memories, capsys):
     assert all(line.count("[") == int(memories.num_kept[5]) for line in shown)
     main(["--bank", str(raw)])
     assert "num_references      400" in capsys.readouterr().out
-
-
-def test_a_model_with_memory_heads_gets_no_bank(loaded, references, tmp_path):
-    from mpi4py import MPI
-
-    from megatron_m3.config import replace_fields
-    from megatron_m3.config.bank import BankConfig
-    from megatron_m3.memory.build import build_bank
-
-    config = replace_fields(loaded.config, {"memory.heads": "0:1;2:0"})
-    options = BankConfig(checkpoint="run", references=str(references.folder), output=str(tmp_path / "bank"))
-    with pytest.raises(ConfigError, match=r"memory\.heads=0:1;2:0: a bank holds all heads"):
-        build_bank(options, MPI.COMM_SELF, lambda path: dataclasses.replace(loaded, config=config))
-    assert not (tmp_path / "bank").exists()

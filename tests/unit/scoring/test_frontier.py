@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from megatron_m3.config import replace_fields
 from megatron_m3.errors import ConfigError, DataError
@@ -126,5 +127,8 @@ def test_bytes_are_those_of_the_banks_record(loaded):
     from megatron_m3.memory.record import RecordLayout
 
     config, model = Point.parse(SPARSE).config(loaded.config), loaded.config.model
-    layout = RecordLayout(num_heads=model.num_kv_heads, num_layers=2, num_kept_tokens=3, token_bytes=7)
+    layout = RecordLayout(held_LG=torch.ones(2, model.num_kv_heads, dtype=torch.bool), num_kept_tokens=3, token_bytes=7)
     assert Bytes.of(config, 7) == Bytes(key_values=layout.codes_bytes, record=layout.record_bytes)
+    some = Point.parse(f"{SPARSE},heads=1:1;2:0,1").config(loaded.config)
+    layout = RecordLayout(held_LG=torch.tensor([[False, True], [True, True]]), num_kept_tokens=3, token_bytes=7)
+    assert Bytes.of(some, 7) == Bytes(key_values=layout.codes_bytes, record=layout.record_bytes)
