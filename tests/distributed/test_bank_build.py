@@ -72,6 +72,17 @@ def test_any_number_of_ranks_gives_the_same_bytes(inputs, built, tmp_path, ranks
     assert done.stdout.count("memories of") == 1
 
 
+def test_a_bank_of_memory_heads_too(inputs, tmp_path):
+    job = ("block-size", "50", "codec", "KLT12", "codec-sample", "200", "memory-heads")
+    build(inputs, tmp_path / "bank", 2, *job, "0:1;1:0,1")
+    alone(inputs, tmp_path / "alone", *job, "0:1;1:0,1")
+    before = digest(tmp_path / "bank")
+    assert before == digest(tmp_path / "alone")
+    with pytest.raises(M3Error, match="made from other inputs or settings"):
+        alone(inputs, tmp_path / "bank", *job, "0:0;1:0,1")
+    assert digest(tmp_path / "bank") == before
+
+
 def test_a_bank_holds_what_the_model_writes(inputs, built):
     from megatron_m3.memory import MemoryBank, encode_references
     from megatron_m3.model.checkpoint import load_model

@@ -17,6 +17,8 @@ ALL_LAYERS = {"memory.layers": "1,3", "memory.tokens": "all"}
 OTHER = {"model.qkv_bias": "true", "model.qk_norm": "true", "model.rope_scaling": "llama3",
          "model.rope_original_positions": "16", "model.tie_embeddings": "true", "memory.spread": "3",
          "data.references_per_sequence": "3"}
+HEADS = {"memory.heads": "0:1;1:0"}
+"""Of two tensor-parallel ranks the first has no memory head in layer 0, the second none in layer 1."""
 FROZEN = OTHER | {"training.frozen_layers": "1"}
 
 LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
@@ -29,6 +31,7 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "tied": {"model.tie_embeddings": "true"},
         "other family": OTHER,
         "frozen": FROZEN,
+        "heads": HEADS,
     },
     2: {
         "TP2": TENSOR,
@@ -48,6 +51,8 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "other family PP2": OTHER | PIPELINE,
         "frozen TP2 sequence recompute": FROZEN | SEQUENCE | RECOMPUTE,
         "frozen PP2": FROZEN | PIPELINE,
+        "heads TP2 sequence": HEADS | SEQUENCE,
+        "heads PP2": HEADS | PIPELINE,
         "frozen DP2 distributed optimizer": FROZEN | SHARDED,
     },
     4: {
@@ -73,7 +78,7 @@ def results(tmp_path_factory):
 
 def baseline(name: str) -> str:
     """The run on one process that a layout must equal."""
-    bases = ("warmup", "memory to the last layer", "tied", "other family", "frozen")
+    bases = ("warmup", "memory to the last layer", "tied", "other family", "frozen", "heads")
     return next((base for base in bases if name.startswith(base)), "alone")
 
 
@@ -87,9 +92,9 @@ def test_steps_equal_those_of_one_process(results, ranks, name):
 
 
 def test_memories_and_stages_make_a_difference(results):
-    first = [results[name]["steps"][0][0] for name in ("alone", "warmup", "memory to the last layer")]
+    first = [results[name]["steps"][0][0] for name in ("alone", "warmup", "memory to the last layer", "heads")]
     assert min(abs(one - other) for one in first for other in first if one != other) > 1e-4
-    assert len(set(first)) == 3
+    assert len(set(first)) == 4
     assert results["tied"]["initial"] != results["alone"]["initial"]
     assert results["frozen"]["steps"][0][0] == results["other family"]["steps"][0][0]
     assert results["frozen"]["steps"][1][0] != results["other family"]["steps"][1][0]

@@ -1,0 +1,46 @@
+"""Ranks of test_head_ranks: generate with memories of a bank under tensor parallelism, each rank with its own heads."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_m3.platform import select
+
+
+def main() -> None:
+    """``heads_ranks FOLDER``: reads a run, a bank and a knowledge base there, writes what rank 0 generates."""
+    torch.set_num_threads(1)
+    select()
+    import torch.distributed as dist
+
+    from megatron_m3.inference.engine import Engine
+    from megatron_m3.inference.forward import local_kv_heads
+    from megatron_m3.memory import MemoryBank, WarmSource
+    from megatron_m3.model.checkpoint import load_model
+    from megatron_m3.platform.distributed import shut_down
+    from megatron_m3.retrieval import Retriever
+    from tests.tiny_model import sentence
+
+    folder = Path(sys.argv[1])
+    size = int(sys.argv[2])
+    loaded = load_model(folder / "run", tensor=size)
+    bank = MemoryBank.open(folder / "bank", weights_hash=loaded.weights_hash)
+    loaded = replace(loaded, config=bank.configure(loaded.config))
+    mine, ids = local_kv_heads(loaded.config), list(range(0, len(bank), 3))
+    part, whole = bank.read(ids, kv_heads=mine), bank.read(ids)
+    assert torch.equal(part.kv, whole.kv[:, :, :, mine])
+    bytes_read = bank.record.codes(mine)
+    assert bytes_read.stop - bytes_read.start == int(bank.record.held_LG[:, mine].sum()) * bank.record.list_bytes
+    retriever = Retriever.open(folder / "index", folder / "references", loaded.tokenizer)
+    engine = Engine(loaded, retriever, WarmSource(bank))
+    found, _ = engine.generate([sentence(seed, 9) for seed in range(3)], 20, stop_at_eos=False)
+    if dist.get_rank() == 0:
+        (folder / f"{size}.json").write_text(json.dumps([one.tokens for one in found]))
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()

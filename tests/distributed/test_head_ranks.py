@@ -1,0 +1,56 @@
+"""Memory heads under tensor parallelism: ranks that hold some of them, or none in a layer, generate as one process."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.knowledge import build_knowledge
+from tests.launcher import run_ranks
+from tests.tiny_model import joined_world, tiny_model
+
+HEADS = "0:0,5;1:1,2;2:0,1,2,3,4,5"
+"""Of 6: with 2 ranks the second has none in layer 1, with 3 ranks the second has none in layer 0."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run, a knowledge base and a bank."""
+    from launch.m3 import main
+    from megatron_m3.model.checkpoint import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("heads")
+    with joined_world():
+        loaded = tiny_model(folder, memory__layers="0-2", memory__heads=HEADS, model__num_heads="6",
+                            model__num_kv_heads="6", model__ffn_size="96", model__vocab_multiple="384")
+        data = dataclasses.replace(loaded.config.data, tokenizer=str(folder / "tokenizer"))
+        save_checkpoint(folder / "run", 1, [loaded.model], dataclasses.replace(loaded.config, data=data))
+        paths = build_knowledge(folder, folder / "tokenizer", count=40, words=10, reference_length=16)
+        main(["bank", "build", "--checkpoint", str(folder / "run"), "--references", str(paths["references"]),
+              "--output", str(folder / "bank"), "--codec", "KLT20"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """What one process generates, with and without memory heads."""
+    from launch.generate import GenerateOptions, build_engine
+    from tests.tiny_model import sentence
+
+    options = {"checkpoint": str(folder / "run"), "references": str(folder / "references"),
+               "index": str(folder / "index"), "prompt": ""}
+    prompts = [sentence(seed, 9) for seed in range(3)]
+    with joined_world():
+        engine = build_engine(GenerateOptions(**options, bank=str(folder / "bank")))
+        found, _ = engine.generate(prompts, 20, stop_at_eos=False)
+        plain, _ = build_engine(GenerateOptions(checkpoint=str(folder / "run"), no_memory=True, prompt="")).generate(
+            prompts, 20, stop_at_eos=False)
+    tokens = [one.tokens for one in found]
+    assert tokens != [one.tokens for one in plain]
+    return tokens
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_tensor_parallel_ranks_generate_as_one_process(folder, alone, ranks):
+    run_ranks("tests.distributed.heads_ranks", ranks, [str(folder), str(ranks)])
+    assert json.loads((folder / f"{ranks}.json").read_text()) == alone
