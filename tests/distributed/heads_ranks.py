@@ -1,6 +1,7 @@
 """Ranks of test_head_ranks: generate with memories of a bank under tensor parallelism, each rank with its own heads."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,7 @@ def main() -> None:
     from tests.tiny_model import sentence
 
     folder = Path(sys.argv[1])
-    size = int(sys.argv[2])
-    loaded = load_model(folder / "run", tensor=size)
+    loaded = load_model(folder / "run", tensor=int(os.environ["WORLD_SIZE"]))
     bank = MemoryBank.open(folder / "bank", weights_hash=loaded.weights_hash)
     loaded = replace(loaded, config=bank.configure(loaded.config))
     mine, ids = local_kv_heads(loaded.config), list(range(0, len(bank), 3))
@@ -38,7 +38,7 @@ def main() -> None:
     engine = Engine(loaded, retriever, WarmSource(bank))
     found, _ = engine.generate([sentence(seed, 9) for seed in range(3)], 20, stop_at_eos=False)
     if dist.get_rank() == 0:
-        (folder / f"{size}.json").write_text(json.dumps([one.tokens for one in found]))
+        (folder / "generated.json").write_text(json.dumps([one.tokens for one in found]))
     shut_down()
 
 
