@@ -1,0 +1,244 @@
+"""Attention with explicit memory in one pass of Triton kernels: one online softmax over trunk keys and memory slots.
+
+Nothing of the size of the scores is ever in device memory, key-value heads are not repeated, and gradients are the same
+in every run. The prefix of references is to these kernels a memory that every token reads, so nothing is copied there.
+Runs on CUDA, and on the CPU under Triton's interpreter (``TRITON_INTERPRET=1`` when Triton is first imported).
+
+Letters as in ``reference.py``.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_m3.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel divides its work."""
+
+    rows: int
+    """Queries of a block."""
+    keys: int
+    """Keys of a block; in the kernel of the key gradients a multiple of ``rows``."""
+    slots: int
+    """Memory slots of a block."""
+    warps: int
+    """Warps of a program."""
+    stages: int
+    """Blocks in flight."""
+
+
+TILES: dict[tuple[str, int], Tile] = {
+    ("forward", 64): Tile(128, 64, 64, 4, 3),
+    ("forward", 128): Tile(128, 64, 64, 8, 3),
+    ("forward", 256): Tile(128, 64, 32, 8, 2),
+    ("query", 64): Tile(128, 64, 64, 8, 3),
+    ("query", 128): Tile(128, 64, 64, 8, 2),
+    ("query", 256): Tile(64, 32, 32, 8, 2),
+    ("key", 64): Tile(64, 128, 32, 8, 3),
+    ("key", 128): Tile(64, 128, 32, 8, 2),
+    ("key", 256): Tile(32, 64, 32, 8, 1),
+}
+"""Tiles for 16-bit inputs, by kernel and largest head size (chosen for H100)."""
+
+WIDE_TILES: dict[tuple[str, int], Tile] = {
+    ("forward", 64): Tile(64, 32, 32, 4, 2),
+    ("forward", 128): Tile(32, 32, 32, 4, 2),
+    ("forward", 256): Tile(32, 16, 16, 4, 1),
+    ("query", 64): Tile(32, 32, 32, 4, 2),
+    ("query", 128): Tile(32, 32, 32, 4, 1),
+    ("query", 256): Tile(16, 16, 16, 4, 1),
+    ("key", 64): Tile(32, 32, 32, 4, 2),
+    ("key", 128): Tile(16, 32, 32, 4, 1),
+    ("key", 256): Tile(16, 16, 16, 4, 1),
+}
+"""Tiles for fp32 inputs, whose products run without tensor cores."""
+
+FEW_PROGRAMS = 1024
+"""With fewer programs than this, the query heads of a key-value head are not summed in one program but afterwards."""
+
+
+def split_head(head_size: int) -> tuple[int, int]:
+    """Columns of a tile as a power of two and a smaller one that together hold ``head_size``; the second may be 0."""
+    main = max(16, 1 << (head_size.bit_length() - 1))
+    rest = max(head_size - main, 0)
+    tail = max(16, 1 << (rest - 1).bit_length()) if rest else 0
+    return (main, tail) if tail < main else (2 * main, 0)
+
+
+def tile_of(kernel: str, head_size: int, dtype: torch.dtype) -> Tile:
+    """The tile of ``kernel`` (forward, query or key) for a head size and dtype."""
+    table = WIDE_TILES if dtype == torch.float32 else TILES
+    return table[kernel, next(size for size in (64, 128, 256) if head_size <= size)]
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernels: Triton is first imported when they are first needed."""
+    try:
+        from megatron_m3.ops.memory_attention import triton_backward, triton_forward
+    except ImportError as error:
+        raise UnsupportedError(f"model.attention=triton: Triton cannot be imported ({error}); use torch") from None
+    return triton_forward.forward_kernel, triton_backward.query_gradient_kernel, triton_backward.key_gradient_kernel
+
+
+def _check(query: Tensor, key: Tensor, *others: Tensor) -> None:
+    """Refuse by name what the kernels cannot do."""
+    import triton
+
+    heads, head_size = query.shape[2:]
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UnsupportedError(f"model.attention=triton: no kernel for {query.dtype}; use reference")
+    if any(tensor.dtype != query.dtype for tensor in (key, *others)):
+        raise UnsupportedError("model.attention=triton: queries, keys and values of different dtypes; use torch")
+    if head_size > 256:
+        raise UnsupportedError(f"model.head_size={head_size}: the kernels take up to 256; set model.attention=reference")
+    if heads % key.shape[2]:
+        raise UnsupportedError(f"model.num_kv_heads={key.shape[2]}: must divide the {heads} query heads")
+    interpreted = not isinstance(_kernels()[0], triton.runtime.JITFunction)
+    if not query.is_cuda and not interpreted:
+        raise UnsupportedError(
+            f"model.attention=triton: tensors on {query.device.type}; the kernels need a CUDA device, or "
+            "TRITON_INTERPRET=1 in the environment; use torch"
+        )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied only where its columns are apart or its rows too far apart for 32-bit offsets."""
+    near = tensor.shape[1] * max(tensor.stride(1), tensor.shape[-1]) < 2**31
+    return tensor if tensor.stride(-1) == 1 and near else tensor.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
+    """Strides of batch, row and head of each."""
+    return [tensor.stride()[:3] for tensor in tensors]
+
+
+@dataclass(frozen=True)
+class _Band:
+    """Which memory slots a context position reads."""
+
+    prefix: int
+    length: int
+    chunks: int
+    window: int
+    slots: int
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        return self.prefix, self.length, self.chunks, self.window, self.slots
+
+
+def _constants(kernel: str, query: Tensor, key: Tensor, band: _Band) -> dict[str, Any]:
+    """Arguments of a kernel that are compiled into it, and how it is launched."""
+    head_size = query.shape[3]
+    tile, (main, tail) = tile_of(kernel, head_size, query.dtype), split_head(head_size)
+    return {
+        "REPEAT": query.shape[2] // key.shape[2], "D": head_size, "MAIN": main, "TAIL": tail,
+        "MEMORY": band.slots > 0, "ROWS": tile.rows, "KEYS": tile.keys, "SLOTS": tile.slots,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }
+
+
+class _JointSoftmax(torch.autograd.Function):
+    """One softmax over causal trunk keys and the band of memory rows ``[B, C * M, G, D]`` of each position."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, memory_key: Tensor, memory_value: Tensor,
+                valid: Tensor, band: _Band) -> Tensor:
+        query, key, value, memory_key, memory_value = map(_rows, (query, key, value, memory_key, memory_value))
+        B, T, H, D = query.shape
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        lse = query.new_empty(B, H, T, dtype=torch.float32)
+        inputs = query, key, value, memory_key, memory_value, valid
+        constants = _constants("forward", query, key, band)
+        if out.numel():
+            grid = B * H, -(-T // constants["ROWS"])
+            with torch.cuda.device_of(query):
+                _kernels()[0][grid](*inputs, out, lse, *_strides(*inputs, out), T, H, *band.arguments,
+                                    math.log2(math.e) / D**0.5, **constants)
+        ctx.save_for_backward(*inputs, out, lse)
+        ctx.band = band
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        *inputs, out, lse = ctx.saved_tensors
+        query, key, _, memory_key, _, valid = inputs
+        grad, band = _rows(grad), ctx.band
+        B, T, H, D = query.shape
+        if not out.numel():
+            return *(torch.zeros_like(tensor) for tensor in inputs[:5]), None, None
+        scales = math.log2(math.e) / D**0.5, D**-0.5
+        dots, d_query = torch.empty_like(lse), torch.empty_like(out)
+        constants = _constants("query", query, key, band)
+        with torch.cuda.device_of(query):
+            _kernels()[1][B * H, -(-T // constants["ROWS"])](
+                *inputs, out, grad, lse, dots, d_query, *_strides(*inputs, out, grad, d_query), T, H,
+                *band.arguments, *scales, **constants)
+            d_keys = _key_gradients(inputs, grad, lse, dots, band, scales)
+        return d_query, *d_keys, None, None
+
+
+def _key_gradients(inputs: list[Tensor], grad: Tensor, lse: Tensor, dots: Tensor, band: _Band,
+                   scales: tuple[float, float]) -> list[Tensor]:
+    """Gradients of the trunk's keys and values and of the memory's."""
+    query, key, value, memory_key, memory_value, _ = inputs
+    (B, T, H, D), G = query.shape, key.shape[2]
+    constants = _constants("key", query, key, band)
+    blocks = -(-T // constants["KEYS"]) + -(-memory_key.shape[1] // constants["SLOTS"])
+    each = 1 if B * G * blocks < FEW_PROGRAMS else H // G
+    results = [tensor.new_empty(B, tensor.shape[1], H // each, D) for tensor in inputs[1:5]]
+    _kernels()[2][B * H // each, blocks](
+        *inputs, grad, lse, dots, *results, *_strides(*inputs, grad, *results), T, H, *band.arguments, *scales,
+        EACH=each, **constants)
+    if each == H // G:
+        return results
+    return [part.view(*part.shape[:2], G, -1, D).sum(3) for part in results]
+
+
+def memory_attention(
+    query_BTHD: Tensor, key_BTGD: Tensor, value_BTGD: Tensor, memory_key_BCMGD: Tensor, memory_value_BCMGD: Tensor,
+    memory_valid_BCM: Tensor, *, prefix_length: int, chunk_length: int, window: int,
+) -> Tensor:
+    """See :func:`megatron_m3.ops.memory_attention.reference.memory_attention`; nothing but the output is written.
+
+    Positions after the last chunk read what that chunk reads.
+    """
+    B, C, M, G = memory_key_BCMGD.shape[:4]
+    _check(query_BTHD, key_BTGD, value_BTGD, memory_key_BCMGD, memory_value_BCMGD)
+    valid_BCMG = memory_valid_BCM[..., None] if memory_valid_BCM.dim() == 3 else memory_valid_BCM
+    valid_BUG = valid_BCMG.flatten(1, 2).expand(B, C * M, G).view(torch.uint8)
+    band = _Band(prefix_length, chunk_length, C, window, M if C else 0)
+    return _JointSoftmax.apply(
+        query_BTHD, key_BTGD, value_BTGD, memory_key_BCMGD.flatten(1, 2), memory_value_BCMGD.flatten(1, 2), valid_BUG,
+        band)
+
+
+def causal_attention(query_BTHD: Tensor, key_BTGD: Tensor, value_BTGD: Tensor) -> Tensor:
+    """See :func:`megatron_m3.ops.memory_attention.reference.causal_attention`."""
+    none_BCMGD = key_BTGD.new_empty(len(key_BTGD), 0, 0, *key_BTGD.shape[2:])
+    none_BCM = torch.empty(len(key_BTGD), 0, 0, dtype=torch.bool, device=key_BTGD.device)
+    return memory_attention(query_BTHD, key_BTGD, value_BTGD, none_BCMGD, none_BCMGD, none_BCM,
+                            prefix_length=0, chunk_length=1, window=1)
+
+
+def reference_attention(
+    query_NTHD: Tensor, key_NTGD: Tensor, value_NTGD: Tensor, prefix_key_NPGD: Tensor, prefix_value_NPGD: Tensor
+) -> Tensor:
+    """See :func:`megatron_m3.ops.memory_attention.reference.reference_attention`.
+
+    The prefix is the memory of a single chunk that holds all tokens: nothing is copied, and no prefix row is computed.
+    """
+    valid_N1P = torch.ones(1, 1, 1, dtype=torch.bool, device=key_NTGD.device).expand(
+        len(key_NTGD), 1, prefix_key_NPGD.shape[1])
+    return memory_attention(query_NTHD, key_NTGD, value_NTGD, prefix_key_NPGD[:, None], prefix_value_NPGD[:, None],
+                            valid_N1P, prefix_length=0, chunk_length=max(key_NTGD.shape[1], 1), window=1)
