@@ -10,6 +10,7 @@ Letters as in ``reference.py``.
 import functools
 import math
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,49 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_m3.errors import UnsupportedError
+from megatron_m3.ops.memory_attention.triton_tiles import Tile, tile_of
 
-
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel divides its work."""
-
-    rows: int
-    """Queries of a block."""
-    keys: int
-    """Keys of a block; in the kernel of the key gradients a multiple of ``rows``."""
-    slots: int
-    """Memory slots of a block."""
-    warps: int
-    """Warps of a program."""
-    stages: int
-    """Blocks in flight."""
-
-
-TILES: dict[tuple[str, int], Tile] = {
-    ("forward", 64): Tile(128, 64, 64, 4, 3),
-    ("forward", 128): Tile(128, 64, 64, 8, 3),
-    ("forward", 256): Tile(128, 64, 32, 8, 2),
-    ("query", 64): Tile(128, 64, 64, 8, 3),
-    ("query", 128): Tile(128, 64, 64, 8, 2),
-    ("query", 256): Tile(64, 32, 32, 8, 2),
-    ("key", 64): Tile(64, 128, 32, 8, 3),
-    ("key", 128): Tile(64, 128, 32, 8, 2),
-    ("key", 256): Tile(32, 64, 32, 8, 1),
-}
-"""Tiles for 16-bit inputs, by kernel and largest head size (chosen for H100)."""
-
-WIDE_TILES: dict[tuple[str, int], Tile] = {
-    ("forward", 64): Tile(64, 32, 32, 4, 2),
-    ("forward", 128): Tile(32, 32, 32, 4, 2),
-    ("forward", 256): Tile(32, 16, 16, 4, 1),
-    ("query", 64): Tile(32, 32, 32, 4, 2),
-    ("query", 128): Tile(32, 32, 32, 4, 1),
-    ("query", 256): Tile(16, 16, 16, 4, 1),
-    ("key", 64): Tile(32, 32, 32, 4, 2),
-    ("key", 128): Tile(16, 32, 32, 4, 1),
-    ("key", 256): Tile(16, 16, 16, 4, 1),
-}
-"""Tiles for fp32 inputs, whose products run without tensor cores."""
 
 FEW_PROGRAMS = 1024
 """With fewer programs than this, the query heads of a key-value head are not summed in one program but afterwards."""
@@ -73,26 +33,18 @@ def split_head(head_size: int) -> tuple[int, int]:
     return (main, tail) if tail < main else (2 * main, 0)
 
 
-def tile_of(kernel: str, head_size: int, dtype: torch.dtype) -> Tile:
-    """The tile of ``kernel`` (forward, query or key) for a head size and dtype."""
-    table = WIDE_TILES if dtype == torch.float32 else TILES
-    return table[kernel, next(size for size in (64, 128, 256) if head_size <= size)]
-
-
 @functools.cache
-def _kernels() -> Any:
-    """The kernels: Triton is first imported when they are first needed."""
+def kernels() -> ModuleType:
+    """The module that has all kernels: Triton is first imported when they are first needed."""
     try:
-        from megatron_m3.ops.memory_attention import triton_backward, triton_forward
+        from megatron_m3.ops.memory_attention import triton_backward
     except ImportError as error:
         raise UnsupportedError(f"model.attention=triton: Triton cannot be imported ({error}); use torch") from None
-    return triton_forward.forward_kernel, triton_backward.query_gradient_kernel, triton_backward.key_gradient_kernel
+    return triton_backward
 
 
 def _check(query: Tensor, key: Tensor, *others: Tensor) -> None:
     """Refuse by name what the kernels cannot do."""
-    import triton
-
     heads, head_size = query.shape[2:]
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UnsupportedError(f"model.attention=triton: no kernel for {query.dtype}; use reference")
@@ -102,8 +54,7 @@ def _check(query: Tensor, key: Tensor, *others: Tensor) -> None:
         raise UnsupportedError(f"model.head_size={head_size}: the kernels take up to 256; set model.attention=reference")
     if heads % key.shape[2]:
         raise UnsupportedError(f"model.num_kv_heads={key.shape[2]}: must divide the {heads} query heads")
-    interpreted = not isinstance(_kernels()[0], triton.runtime.JITFunction)
-    if not query.is_cuda and not interpreted:
+    if not (query.is_cuda or kernels().INTERPRETED.value):
         raise UnsupportedError(
             f"model.attention=triton: tensors on {query.device.type}; the kernels need a CUDA device, or "
             "TRITON_INTERPRET=1 in the environment; use torch"
@@ -136,15 +87,24 @@ class _Band:
         return self.prefix, self.length, self.chunks, self.window, self.slots
 
 
-def _constants(kernel: str, query: Tensor, key: Tensor, band: _Band) -> dict[str, Any]:
-    """Arguments of a kernel that are compiled into it, and how it is launched."""
-    head_size = query.shape[3]
-    tile, (main, tail) = tile_of(kernel, head_size, query.dtype), split_head(head_size)
+def constants(tile: Tile, head_size: int, repeat: int, slots: int) -> dict[str, Any]:
+    """Arguments that are compiled into a kernel, and how it is launched.
+
+    ``repeat`` query heads share a key-value head; a chunk has ``slots`` memory slots.
+    """
+    main, tail = split_head(head_size)
     return {
-        "REPEAT": query.shape[2] // key.shape[2], "D": head_size, "MAIN": main, "TAIL": tail,
-        "MEMORY": band.slots > 0, "ROWS": tile.rows, "KEYS": tile.keys, "SLOTS": tile.slots,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "REPEAT": repeat, "D": head_size, "MAIN": main, "TAIL": tail, "MEMORY": slots > 0,
+        "ROWS": tile.rows, "KEYS": tile.keys, "SLOTS": tile.slots,
+        "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
     }
+
+
+def _constants(kernel: str, query: Tensor, key: Tensor, slots: int) -> dict[str, Any]:
+    """Those for a kernel and its inputs; the interpreter takes the tiles of any card."""
+    major, minor = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
+    tile = tile_of(kernel, query.shape[3], query.dtype, 10 * major + minor)
+    return constants(tile, query.shape[3], query.shape[2] // key.shape[2], slots)
 
 
 class _JointSoftmax(torch.autograd.Function):
@@ -158,12 +118,12 @@ class _JointSoftmax(torch.autograd.Function):
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = query.new_empty(B, H, T, dtype=torch.float32)
         inputs = query, key, value, memory_key, memory_value, valid
-        constants = _constants("forward", query, key, band)
+        settings = _constants("forward", query, key, band.slots)
         if out.numel():
-            grid = B * H, -(-T // constants["ROWS"])
+            grid = B * H, -(-T // settings["ROWS"])
             with torch.cuda.device_of(query):
-                _kernels()[0][grid](*inputs, out, lse, *_strides(*inputs, out), T, H, *band.arguments,
-                                    math.log2(math.e) / D**0.5, **constants)
+                kernels().forward_kernel[grid](*inputs, out, lse, *_strides(*inputs, out), T, H, *band.arguments,
+                                    math.log2(math.e) / D**0.5, **settings)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.band = band
         return out
@@ -179,11 +139,11 @@ class _JointSoftmax(torch.autograd.Function):
             return *(torch.zeros_like(tensor) for tensor in inputs[:5]), None, None
         scales = math.log2(math.e) / D**0.5, D**-0.5
         dots, d_query = torch.empty_like(lse), torch.empty_like(out)
-        constants = _constants("query", query, key, band)
+        settings = _constants("query", query, key, band.slots)
         with torch.cuda.device_of(query):
-            _kernels()[1][B * H, -(-T // constants["ROWS"])](
+            kernels().query_gradient_kernel[B * H, -(-T // settings["ROWS"])](
                 *inputs, out, grad, lse, dots, d_query, *_strides(*inputs, out, grad, d_query), T, H,
-                *band.arguments, *scales, **constants)
+                *band.arguments, *scales, **settings)
             d_keys = _key_gradients(inputs, grad, lse, dots, band, scales)
         return d_query, *d_keys, None, None
 
@@ -193,16 +153,16 @@ def _key_gradients(inputs: list[Tensor], grad: Tensor, lse: Tensor, dots: Tensor
     """Gradients of the trunk's keys and values and of the memory's."""
     query, key, value, memory_key, memory_value, _ = inputs
     (B, T, H, D), G = query.shape, key.shape[2]
-    constants = _constants("key", query, key, band)
-    blocks = -(-T // constants["KEYS"]) + -(-memory_key.shape[1] // constants["SLOTS"])
+    settings = _constants("key", query, key, band.slots)
+    blocks = -(-T // settings["KEYS"]) + -(-memory_key.shape[1] // settings["SLOTS"])
     each = 1 if B * G * blocks < FEW_PROGRAMS else H // G
     results = [tensor.new_empty(B, tensor.shape[1], H // each, D) for tensor in inputs[1:5]]
-    _kernels()[2][B * H // each, blocks](
+    kernels().key_gradient_kernel[B * H // each, blocks](
         *inputs, grad, lse, dots, *results, *_strides(*inputs, grad, *results), T, H, *band.arguments, *scales,
-        EACH=each, **constants)
+        EACH=each, **settings)
     if each == H // G:
         return results
-    return [part.view(*part.shape[:2], G, -1, D).sum(3) for part in results]
+    return [part.view(*part.shape[:2], G, H // G, D).sum(3) for part in results]
 
 
 def memory_attention(

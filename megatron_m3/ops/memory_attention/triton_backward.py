@@ -8,19 +8,24 @@ share the key-value head. With ``dots`` the sum of output times its gradient in 
 
 # Triton reads annotations of kernel arguments as their types.
 # ruff: noqa: ANN001, ANN202
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl
 
 from megatron_m3.ops.memory_attention.triton_forward import (
+    INTERPRETED,
     accumulate,
     band_of_block,
     band_of_rows,
+    forward_kernel,
     load_rows,
     load_valid,
     product,
     store_rows,
 )
+
+__all__ = ["INTERPRETED", "forward_kernel", "key_gradient_kernel", "query_gradient_kernel"]
 
 
 @triton.jit
@@ -89,7 +94,7 @@ def query_gradient_kernel(
         low, high = band_of_rows(rows, prefix, chunk_length, chunks, window, slots)
         last = tl.minimum(first + ROWS, T) - 1
         from_slot, to_slot = band_of_block(first, last, prefix, chunk_length, chunks, window, slots)
-        for start in range(from_slot, to_slot, SLOTS):
+        for start in tl.range(from_slot, to_slot, SLOTS, num_stages=1):
             keys = start + tl.arange(0, SLOTS)
             full = load_valid(valid, valid_strides[1], keys, to_slot)
             k_main, k_tail = load_rows(memory_key, memory_key_strides[1], keys, full, D, MAIN, TAIL, True)
@@ -146,7 +151,7 @@ def key_gradients(
     dk_tail = tl.zeros((KEYS, TAIL if TAIL > 0 else 1), tl.float32)
     dv_tail = tl.zeros((KEYS, TAIL if TAIL > 0 else 1), tl.float32)
     for _ in range(EACH):
-        for start in range(begin, masked_end, ROWS):
+        for start in tl.range(begin, masked_end, ROWS, num_stages=1 if MEMORY else None):
             rows = start + tl.arange(0, ROWS)
             if MEMORY:
                 low, high = band_of_rows(rows, prefix, chunk_length, chunks, window, slots)

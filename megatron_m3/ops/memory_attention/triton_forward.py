@@ -11,6 +11,7 @@ and is not used. Scores are in units of log2: ``scale2`` is log2(e) / sqrt(D).
 
 # Triton reads annotations of kernel arguments as their types.
 # ruff: noqa: ANN001, ANN202
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl
@@ -179,7 +180,7 @@ def forward_kernel(
         low, high = band_of_rows(rows, prefix, chunk_length, chunks, window, slots)
         last = tl.minimum(first + ROWS, T) - 1
         from_slot, to_slot = band_of_block(first, last, prefix, chunk_length, chunks, window, slots)
-        for start in range(from_slot, to_slot, SLOTS):
+        for start in tl.range(from_slot, to_slot, SLOTS, num_stages=1):
             keys = start + tl.arange(0, SLOTS)
             full = load_valid(valid, valid_strides[1], keys, to_slot)
             k_main, k_tail = load_rows(memory_key, memory_key_strides[1], keys, full, D, MAIN, TAIL, True)
