@@ -29,12 +29,12 @@ __all__ = ["INTERPRETED", "forward_kernel", "key_gradient_kernel", "query_gradie
 
 
 @triton.jit
-def query_step(q_main, q_tail, grad_main, grad_tail, lse, dots, k_main, k_tail, v_main, v_tail, seen, scale2,
-               sum_main, sum_tail, TAIL: tl.constexpr, MASKED: tl.constexpr):
+def query_step(q_main, q_tail, grad_main, grad_tail, lse, dots, k_main, k_tail, v_main, v_tail, seen, masked,
+               scale2, sum_main, sum_tail, TAIL: tl.constexpr):
     """Add what one block of keys gives to the gradient of the queries, but for the scale."""
     score = product(q_main, q_tail, k_main, k_tail, TAIL)
     weight = tl.exp2(score * scale2 - lse[:, None])
-    if MASKED:
+    if masked:
         weight = tl.where(seen, weight, 0.0)
     d_weight = product(grad_main, grad_tail, v_main, v_tail, TAIL)
     d_score = weight * (d_weight - dots[:, None])
@@ -72,21 +72,13 @@ def query_gradient_kernel(
     q_main, q_tail = load_rows(query, query_strides[1], rows, inside, D, MAIN, TAIL, True)
     sum_main = tl.zeros((ROWS, MAIN), tl.float32)
     sum_tail = tl.zeros((ROWS, TAIL if TAIL > 0 else 1), tl.float32)
-    diagonal = first // KEYS * KEYS
-    for start in range(0, diagonal, KEYS):
-        keys = start + tl.arange(0, KEYS)
-        k_main, k_tail = load_rows(key, key_strides[1], keys, keys < T, D, MAIN, TAIL, False)
-        v_main, v_tail = load_rows(value, value_strides[1], keys, keys < T, D, MAIN, TAIL, False)
-        sum_main, sum_tail = query_step(
-            q_main, q_tail, grad_main, grad_tail, row_lse, row_dots, k_main, k_tail, v_main, v_tail, inside, scale2,
-            sum_main, sum_tail, TAIL, False)
-    for start in range(diagonal, tl.minimum(first + ROWS, T), KEYS):
+    for start in range(0, tl.minimum(first + ROWS, T), KEYS):
         keys = start + tl.arange(0, KEYS)
         k_main, k_tail = load_rows(key, key_strides[1], keys, keys < T, D, MAIN, TAIL, True)
         v_main, v_tail = load_rows(value, value_strides[1], keys, keys < T, D, MAIN, TAIL, True)
         sum_main, sum_tail = query_step(
             q_main, q_tail, grad_main, grad_tail, row_lse, row_dots, k_main, k_tail, v_main, v_tail,
-            keys[None, :] <= rows[:, None], scale2, sum_main, sum_tail, TAIL, True)
+            keys[None, :] <= rows[:, None], start + KEYS > first, scale2, sum_main, sum_tail, TAIL)
     if MEMORY:
         memory_key += batch * memory_key_strides[0] + group * memory_key_strides[2]
         memory_value += batch * memory_value_strides[0] + group * memory_value_strides[2]
@@ -101,16 +93,15 @@ def query_gradient_kernel(
             v_main, v_tail = load_rows(memory_value, memory_value_strides[1], keys, full, D, MAIN, TAIL, True)
             seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None]) & full[None, :]
             sum_main, sum_tail = query_step(
-                q_main, q_tail, grad_main, grad_tail, row_lse, row_dots, k_main, k_tail, v_main, v_tail, seen, scale2,
-                sum_main, sum_tail, TAIL, True)
+                q_main, q_tail, grad_main, grad_tail, row_lse, row_dots, k_main, k_tail, v_main, v_tail, seen, True,
+                scale2, sum_main, sum_tail, TAIL)
     d_query += batch * d_query_strides[0] + head * d_query_strides[2]
     store_rows(d_query, d_query_strides[1], rows, T, sum_main * scale, sum_tail * scale, D, MAIN, TAIL)
 
 
 @triton.jit
-def key_step(query, grad, lse, dots, query_stride, grad_stride, rows, T, k_main, k_tail, v_main, v_tail, seen, scale2,
-             dk_main, dk_tail, dv_main, dv_tail, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-             MASKED: tl.constexpr):
+def key_step(query, grad, lse, dots, query_stride, grad_stride, rows, T, k_main, k_tail, v_main, v_tail, seen, masked, scale2,
+             dk_main, dk_tail, dv_main, dv_tail, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
     """Add what one block of queries gives to the gradients of keys (but for the scale) and values.
 
     ``seen`` is ``[keys, rows]``, like everything here: the products then need no transposed operand from registers.
@@ -120,7 +111,7 @@ def key_step(query, grad, lse, dots, query_stride, grad_stride, rows, T, k_main,
     score = product(k_main, k_tail, q_main, q_tail, TAIL)
     row_lse = tl.load(lse + rows, mask=inside, other=float("inf"))
     weight = tl.exp2(score * scale2 - row_lse[None, :])
-    if MASKED:
+    if masked:
         weight = tl.where(seen, weight, 0.0)
     grad_main, grad_tail = load_rows(grad, grad_stride, rows, inside, D, MAIN, TAIL, True)
     dv_main, dv_tail = accumulate(dv_main, dv_tail, weight, grad_main, grad_tail, TAIL)
@@ -150,27 +141,20 @@ def key_gradients(
     dv_main = tl.zeros((KEYS, MAIN), tl.float32)
     dk_tail = tl.zeros((KEYS, TAIL if TAIL > 0 else 1), tl.float32)
     dv_tail = tl.zeros((KEYS, TAIL if TAIL > 0 else 1), tl.float32)
-    for _ in range(EACH):
-        for start in tl.range(begin, masked_end, ROWS, num_stages=1 if MEMORY else None):
-            rows = start + tl.arange(0, ROWS)
-            if MEMORY:
-                low, high = band_of_rows(rows, prefix, chunk_length, chunks, window, slots)
-                seen = (keys[:, None] >= low[None, :]) & (keys[:, None] < high[None, :]) & full[:, None]
-            else:
-                seen = keys[:, None] <= rows[None, :]
-            dk_main, dk_tail, dv_main, dv_tail = key_step(
-                query, grad, lse, dots, query_stride, grad_stride, rows, T, k_main, k_tail, v_main, v_tail,
-                seen, scale2, dk_main, dk_tail, dv_main, dv_tail, D, MAIN, TAIL, True)
-        if not MEMORY:
-            for start in range(masked_end, end, ROWS):
-                rows = start + tl.arange(0, ROWS)
-                dk_main, dk_tail, dv_main, dv_tail = key_step(
-                    query, grad, lse, dots, query_stride, grad_stride, rows, T, k_main, k_tail, v_main, v_tail,
-                    full, scale2, dk_main, dk_tail, dv_main, dv_tail, D, MAIN, TAIL, False)
-        query += query_head_stride
-        grad += grad_head_stride
-        lse += T
-        dots += T
+    steps = tl.cdiv(end - begin, ROWS)
+    for step in tl.range(0, EACH * steps, num_stages=1 if MEMORY else None):
+        head = step // steps
+        start = begin + (step - head * steps) * ROWS
+        rows = start + tl.arange(0, ROWS)
+        if MEMORY:
+            low, high = band_of_rows(rows, prefix, chunk_length, chunks, window, slots)
+            seen = (keys[:, None] >= low[None, :]) & (keys[:, None] < high[None, :]) & full[:, None]
+        else:
+            seen = keys[:, None] <= rows[None, :]
+        dk_main, dk_tail, dv_main, dv_tail = key_step(
+            query + head * query_head_stride, grad + head * grad_head_stride, lse + head * T, dots + head * T,
+            query_stride, grad_stride, rows, T, k_main, k_tail, v_main, v_tail,
+            seen, start < masked_end, scale2, dk_main, dk_tail, dv_main, dv_tail, D, MAIN, TAIL)
     store_rows(d_key, d_key_stride, keys, num_keys, dk_main * scale, dk_tail * scale, D, MAIN, TAIL)
     store_rows(d_value, d_value_stride, keys, num_keys, dv_main, dv_tail, D, MAIN, TAIL)
 

@@ -157,19 +157,12 @@ def forward_kernel(
     out_tail = tl.zeros((ROWS, TAIL if TAIL > 0 else 1), tl.float32)
     most = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    diagonal = first // KEYS * KEYS
-    for start in range(0, diagonal, KEYS):
-        keys = start + tl.arange(0, KEYS)
-        k_main, k_tail = load_rows(key, key_strides[1], keys, keys < T, D, MAIN, TAIL, False)
-        score = product(q_main, q_tail, k_main, k_tail, TAIL)
-        v_main, v_tail = load_rows(value, value_strides[1], keys, keys < T, D, MAIN, TAIL, False)
-        out_main, out_tail, most, total = softmax_step(
-            score, scale2, v_main, v_tail, out_main, out_tail, most, total, TAIL)
-    for start in range(diagonal, tl.minimum(first + ROWS, T), KEYS):
+    for start in range(0, tl.minimum(first + ROWS, T), KEYS):
         keys = start + tl.arange(0, KEYS)
         k_main, k_tail = load_rows(key, key_strides[1], keys, keys < T, D, MAIN, TAIL, True)
         score = product(q_main, q_tail, k_main, k_tail, TAIL)
-        score = tl.where(keys[None, :] <= rows[:, None], score, -float("inf"))
+        if start + KEYS > first:
+            score = tl.where(keys[None, :] <= rows[:, None], score, -float("inf"))
         v_main, v_tail = load_rows(value, value_strides[1], keys, keys < T, D, MAIN, TAIL, True)
         out_main, out_tail, most, total = softmax_step(
             score, scale2, v_main, v_tail, out_main, out_tail, most, total, TAIL)
