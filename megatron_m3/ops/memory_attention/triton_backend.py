@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_m3.errors import UnsupportedError
-from megatron_m3.ops.memory_attention.triton_tiles import Tile, tile_of
-
+from megatron_m3.ops.memory_attention.triton_tiles import Tile, place_of, tiles_for
 
 FEW_PROGRAMS = 1024
 """With fewer programs than this, the query heads of a key-value head are not summed in one program but afterwards."""
@@ -51,7 +50,7 @@ def _check(query: Tensor, key: Tensor, *others: Tensor) -> None:
     if any(tensor.dtype != query.dtype for tensor in (key, *others)):
         raise UnsupportedError("model.attention=triton: queries, keys and values of different dtypes; use torch")
     if head_size > 256:
-        raise UnsupportedError(f"model.head_size={head_size}: the kernels take up to 256; set model.attention=reference")
+        raise UnsupportedError(f"model.head_size={head_size}: the kernels take up to 256; use model.attention=reference")
     if heads % key.shape[2]:
         raise UnsupportedError(f"model.num_kv_heads={key.shape[2]}: must divide the {heads} query heads")
     if not (query.is_cuda or kernels().INTERPRETED.value):
@@ -103,8 +102,8 @@ def constants(tile: Tile, head_size: int, repeat: int, slots: int) -> dict[str, 
 def _constants(kernel: str, query: Tensor, key: Tensor, slots: int) -> dict[str, Any]:
     """Those for a kernel and its inputs; the interpreter takes the tiles of any card."""
     major, minor = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
-    tile = tile_of(kernel, query.shape[3], query.dtype, 10 * major + minor)
-    return constants(tile, query.shape[3], query.shape[2] // key.shape[2], slots)
+    tiles = tiles_for(query.dtype, 10 * major + minor)
+    return constants(tiles[place_of(tiles, kernel, query.shape[3])], query.shape[3], query.shape[2] // key.shape[2], slots)
 
 
 class _JointSoftmax(torch.autograd.Function):
@@ -132,7 +131,7 @@ class _JointSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         *inputs, out, lse = ctx.saved_tensors
-        query, key, _, memory_key, _, valid = inputs
+        query, key = inputs[:2]
         grad, band = _rows(grad), ctx.band
         B, T, H, D = query.shape
         if not out.numel():
@@ -151,7 +150,7 @@ class _JointSoftmax(torch.autograd.Function):
 def _key_gradients(inputs: list[Tensor], grad: Tensor, lse: Tensor, dots: Tensor, band: _Band,
                    scales: tuple[float, float]) -> list[Tensor]:
     """Gradients of the trunk's keys and values and of the memory's."""
-    query, key, value, memory_key, memory_value, _ = inputs
+    query, key, _, memory_key = inputs[:4]
     (B, T, H, D), G = query.shape, key.shape[2]
     settings = _constants("key", query, key, band.slots)
     blocks = -(-T // settings["KEYS"]) + -(-memory_key.shape[1] // settings["SLOTS"])

@@ -7,7 +7,7 @@ share the key-value head. With ``dots`` the sum of output times its gradient in 
 """
 
 # Triton reads annotations of kernel arguments as their types.
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, D417
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton

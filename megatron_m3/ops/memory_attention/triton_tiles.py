@@ -29,38 +29,34 @@ class Tile:
 Tiles = dict[tuple[str, int], Tile]
 
 HOPPER: Tiles = {
-    ("forward", 64): Tile(128, 64, 64, 8, 3, 128),
     ("forward", 80): Tile(128, 64, 64, 8, 3, 128),
     ("forward", 128): Tile(128, 64, 64, 8, 3),
     ("forward", 256): Tile(64, 64, 64, 8, 2),
-    ("query", 64): Tile(64, 64, 64, 4, 2),
     ("query", 80): Tile(64, 64, 64, 4, 2),
     ("query", 128): Tile(128, 64, 64, 8, 2),
     ("query", 256): Tile(64, 32, 32, 8, 2),
-    ("key", 64): Tile(64, 128, 64, 8, 2),
-    ("key", 80): Tile(64, 128, 64, 8, 2),
-    ("key", 128): Tile(64, 64, 64, 8, 2),
+    ("key", 96): Tile(64, 128, 64, 8, 2),
+    ("key", 128): Tile(32, 128, 64, 8, 2),
     ("key", 256): Tile(32, 64, 32, 8, 1),
 }
 """16-bit inputs on sm_90 and later, by kernel and largest head size."""
 
 BLACKWELL: Tiles = HOPPER | {
-    ("forward", 64): Tile(128, 64, 64, 8, 2),
     ("forward", 80): Tile(128, 64, 64, 8, 2),
 }
 """16-bit inputs on sm_100."""
 
 AMPERE: Tiles = {
-    ("forward", 64): Tile(128, 64, 64, 8, 2),
-    ("forward", 80): Tile(128, 64, 64, 8, 2),
-    ("forward", 128): Tile(64, 64, 32, 4, 2),
+    ("forward", 96): Tile(128, 64, 64, 8, 2),
+    ("forward", 128): Tile(128, 64, 32, 8, 2),
     ("forward", 256): Tile(32, 32, 32, 4, 2),
     ("query", 64): Tile(128, 64, 32, 8, 2),
-    ("query", 80): Tile(128, 64, 32, 8, 2),
+    ("query", 96): Tile(64, 32, 32, 8, 2),
     ("query", 128): Tile(64, 64, 32, 8, 2),
     ("query", 256): Tile(32, 32, 32, 4, 2),
-    ("key", 64): Tile(32, 128, 64, 8, 2),
-    ("key", 80): Tile(32, 128, 64, 8, 2),
+    ("key", 64): Tile(64, 128, 64, 8, 2),
+    ("key", 80): Tile(32, 64, 64, 8, 2),
+    ("key", 96): Tile(32, 64, 32, 8, 1),
     ("key", 128): Tile(64, 64, 64, 8, 2),
     ("key", 256): Tile(32, 64, 32, 8, 1),
 }
@@ -80,12 +76,15 @@ WIDE: Tiles = {
 """fp32 inputs, whose products do not run on tensor cores."""
 
 
-def tile_of(kernel: str, head_size: int, dtype: torch.dtype, architecture: int) -> Tile:
-    """The tile of ``kernel`` (forward, query or key) on a card of ``architecture`` (90 is H100)."""
+def tiles_for(dtype: torch.dtype, architecture: int) -> Tiles:
+    """The tiles for inputs of ``dtype`` on a card of ``architecture`` (90 is H100)."""
     if dtype == torch.float32:
-        tiles = WIDE
-    elif architecture < 90:
-        tiles = AMPERE
-    else:
-        tiles = HOPPER if architecture < 100 else BLACKWELL
-    return tiles[kernel, min(size for name, size in tiles if name == kernel and size >= head_size)]
+        return WIDE
+    if architecture < 90:
+        return AMPERE
+    return HOPPER if architecture < 100 else BLACKWELL
+
+
+def place_of(tiles: Tiles, kernel: str, head_size: int) -> tuple[str, int]:
+    """Where the tile of ``kernel`` (forward, query or key) stands."""
+    return kernel, min(size for name, size in tiles if name == kernel and size >= head_size)

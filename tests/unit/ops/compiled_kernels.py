@@ -47,7 +47,8 @@ def compile_kernel(kernel: str, head_size: int, dtype: torch.dtype, architecture
     from triton.compiler import ASTSource
 
     function = getattr(triton_backend.kernels(), KERNELS[kernel])
-    tile = tile or triton_tiles.tile_of(kernel, head_size, dtype, architecture)
+    tiles = triton_tiles.tiles_for(dtype, architecture)
+    tile = tile or tiles[triton_tiles.place_of(tiles, kernel, head_size)]
     constants = triton_backend.constants(tile, head_size, repeat=5, slots=8)
     if kernel == "key":
         constants["EACH"] = 5
@@ -79,9 +80,9 @@ def resources(binary: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
-    assert found, text
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", done.stdout)
+    assert found, done.stdout
     return int(found[1]), int(found[2]) + int(found[3])
 
 

@@ -1,4 +1,4 @@
-"""The triton backend: its arithmetic under Triton's interpreter, and its kernels compiled for cards that are not here."""
+"""The triton backend: its arithmetic under Triton's interpreter, and its kernels compiled for absent cards."""
 
 import os
 import subprocess
