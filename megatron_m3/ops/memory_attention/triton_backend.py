@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from megatron_m3.errors import UnsupportedError
 from megatron_m3.ops.memory_attention.triton_tiles import Tile, place_of, tiles_for
 
-FEW_PROGRAMS = 1024
+FEW_PROGRAMS = 512
 """With fewer programs than this, the query heads of a key-value head are not summed in one program but afterwards."""
 
 
@@ -50,7 +50,7 @@ def _check(query: Tensor, key: Tensor, *others: Tensor) -> None:
     if any(tensor.dtype != query.dtype for tensor in (key, *others)):
         raise UnsupportedError("model.attention=triton: queries, keys and values of different dtypes; use torch")
     if head_size > 256:
-        raise UnsupportedError(f"model.head_size={head_size}: the kernels take up to 256; use model.attention=reference")
+        raise UnsupportedError(f"model.head_size={head_size}: model.attention=triton takes up to 256; use reference")
     if heads % key.shape[2]:
         raise UnsupportedError(f"model.num_kv_heads={key.shape[2]}: must divide the {heads} query heads")
     if not (query.is_cuda or kernels().INTERPRETED.value):
@@ -102,8 +102,8 @@ def constants(tile: Tile, head_size: int, repeat: int, slots: int) -> dict[str, 
 def _constants(kernel: str, query: Tensor, key: Tensor, slots: int) -> dict[str, Any]:
     """Those for a kernel and its inputs; the interpreter takes the tiles of any card."""
     major, minor = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
-    tiles = tiles_for(query.dtype, 10 * major + minor)
-    return constants(tiles[place_of(tiles, kernel, query.shape[3])], query.shape[3], query.shape[2] // key.shape[2], slots)
+    tiles, head_size = tiles_for(query.dtype, 10 * major + minor), query.shape[3]
+    return constants(tiles[place_of(tiles, kernel, head_size)], head_size, query.shape[2] // key.shape[2], slots)
 
 
 class _JointSoftmax(torch.autograd.Function):
@@ -151,17 +151,19 @@ def _key_gradients(inputs: list[Tensor], grad: Tensor, lse: Tensor, dots: Tensor
                    scales: tuple[float, float]) -> list[Tensor]:
     """Gradients of the trunk's keys and values and of the memory's."""
     query, key, _, memory_key = inputs[:4]
-    (B, T, H, D), G = query.shape, key.shape[2]
+    (B, T, H, D), G, U = query.shape, key.shape[2], memory_key.shape[1]
     settings = _constants("key", query, key, band.slots)
-    blocks = -(-T // settings["KEYS"]) + -(-memory_key.shape[1] // settings["SLOTS"])
+    blocks = -(-T // settings["KEYS"]) + -(-U // settings["SLOTS"])
     each = 1 if B * G * blocks < FEW_PROGRAMS else H // G
-    results = [tensor.new_empty(B, tensor.shape[1], H // each, D) for tensor in inputs[1:5]]
+    # those of keys and values, with the memory's rows after the trunk's, lie together so that they are summed together
+    both = query.new_empty(2, B, T + U, H // each, D)
+    results = both[0, :, :T], both[1, :, :T], both[0, :, T:], both[1, :, T:]
     kernels().key_gradient_kernel[B * H // each, blocks](
         *inputs, grad, lse, dots, *results, *_strides(*inputs, grad, *results), T, H, *band.arguments, *scales,
         EACH=each, **settings)
-    if each == H // G:
-        return results
-    return [part.view(*part.shape[:2], G, H // G, D).sum(3) for part in results]
+    if each != H // G:
+        both = both.view(2, B, T + U, G, H // G, D).sum(4)
+    return [both[0, :, :T], both[1, :, :T], both[0, :, T:], both[1, :, T:]]
 
 
 def memory_attention(

@@ -7,7 +7,7 @@ share the key-value head. With ``dots`` the sum of output times its gradient in 
 """
 
 # Triton reads annotations of kernel arguments as their types.
-# ruff: noqa: ANN001, ANN201, D417
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
@@ -100,8 +100,8 @@ def query_gradient_kernel(
 
 
 @triton.jit
-def key_step(query, grad, lse, dots, query_stride, grad_stride, rows, T, k_main, k_tail, v_main, v_tail, seen, masked, scale2,
-             dk_main, dk_tail, dv_main, dv_tail, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+def key_step(query, grad, lse, dots, query_stride, grad_stride, rows, T, k_main, k_tail, v_main, v_tail, seen, masked,
+             scale2, dk_main, dk_tail, dv_main, dv_tail, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
     """Add what one block of queries gives to the gradients of keys (but for the scale) and values.
 
     ``seen`` is ``[keys, rows]``, like everything here: the products then need no transposed operand from registers.

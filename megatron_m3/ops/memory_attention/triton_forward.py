@@ -10,7 +10,7 @@ and is not used. Scores are in units of log2: ``scale2`` is log2(e) / sqrt(D).
 """
 
 # Triton reads annotations of kernel arguments as their types.
-# ruff: noqa: ANN001, ANN201, D417
+# ruff: noqa: ANN001, ANN201
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton

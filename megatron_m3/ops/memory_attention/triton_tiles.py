@@ -31,47 +31,55 @@ Tiles = dict[tuple[str, int], Tile]
 HOPPER: Tiles = {
     ("forward", 80): Tile(128, 64, 64, 8, 3, 128),
     ("forward", 128): Tile(128, 64, 64, 8, 3),
-    ("forward", 256): Tile(64, 64, 64, 8, 2),
+    ("forward", 192): Tile(128, 64, 64, 8, 2),
+    ("forward", 256): Tile(128, 64, 32, 8, 2),
     ("query", 80): Tile(64, 64, 64, 4, 2),
     ("query", 128): Tile(128, 64, 64, 8, 2),
-    ("query", 256): Tile(64, 32, 32, 8, 2),
+    ("query", 192): Tile(128, 64, 32, 8, 2),
+    ("query", 256): Tile(32, 32, 32, 4, 2),
     ("key", 96): Tile(64, 128, 64, 8, 2),
     ("key", 128): Tile(32, 128, 64, 8, 2),
+    ("key", 192): Tile(32, 64, 64, 8, 2),
     ("key", 256): Tile(32, 64, 32, 8, 1),
 }
-"""16-bit inputs on sm_90 and later, by kernel and largest head size."""
+"""16-bit inputs on sm_90, by kernel and largest head size."""
 
-BLACKWELL: Tiles = HOPPER | {
-    ("forward", 80): Tile(128, 64, 64, 8, 2),
+BLACKWELL: Tiles = {
+    ("forward", 192): Tile(128, 64, 64, 8, 2),
+    ("forward", 256): Tile(64, 64, 64, 8, 2),
+    ("query", 128): Tile(128, 64, 64, 8, 2),
+    ("query", 256): Tile(64, 64, 32, 8, 2),
+    ("key", 128): Tile(64, 128, 64, 8, 2),
+    ("key", 192): Tile(32, 64, 64, 8, 2),
+    ("key", 256): Tile(32, 64, 64, 8, 1),
 }
 """16-bit inputs on sm_100."""
 
 AMPERE: Tiles = {
     ("forward", 96): Tile(128, 64, 64, 8, 2),
     ("forward", 128): Tile(128, 64, 32, 8, 2),
-    ("forward", 256): Tile(32, 32, 32, 4, 2),
+    ("forward", 192): Tile(32, 32, 32, 4, 2),
+    ("forward", 256): Tile(64, 64, 64, 8, 2),
     ("query", 64): Tile(128, 64, 32, 8, 2),
     ("query", 96): Tile(64, 32, 32, 8, 2),
     ("query", 128): Tile(64, 64, 32, 8, 2),
-    ("query", 256): Tile(32, 32, 32, 4, 2),
+    ("query", 192): Tile(32, 32, 32, 4, 2),
+    ("query", 256): Tile(64, 32, 32, 8, 1),
     ("key", 64): Tile(64, 128, 64, 8, 2),
     ("key", 80): Tile(32, 64, 64, 8, 2),
     ("key", 96): Tile(32, 64, 32, 8, 1),
     ("key", 128): Tile(64, 64, 64, 8, 2),
+    ("key", 192): Tile(32, 32, 32, 4, 1),
     ("key", 256): Tile(32, 64, 32, 8, 1),
 }
 """16-bit inputs on sm_80 and its kin."""
 
 WIDE: Tiles = {
-    ("forward", 64): Tile(32, 32, 32, 8, 2),
-    ("forward", 128): Tile(32, 16, 16, 8, 1),
-    ("forward", 256): Tile(16, 16, 16, 8, 1),
-    ("query", 64): Tile(32, 32, 32, 8, 1),
-    ("query", 128): Tile(16, 16, 16, 8, 1),
+    ("forward", 80): Tile(32, 32, 32, 8, 2),
+    ("forward", 256): Tile(32, 16, 16, 8, 1),
+    ("query", 80): Tile(32, 32, 32, 8, 1),
     ("query", 256): Tile(16, 16, 16, 8, 1),
-    ("key", 64): Tile(32, 32, 32, 8, 1),
-    ("key", 128): Tile(16, 32, 32, 8, 1),
-    ("key", 256): Tile(16, 16, 16, 8, 1),
+    ("key", 256): Tile(32, 32, 32, 8, 1),
 }
 """fp32 inputs, whose products do not run on tensor cores."""
 

@@ -35,6 +35,8 @@ class Use:
     """Of a thread, for registers that it lacks."""
     shared_bytes: int
     """Shared memory."""
+    tensor_columns: int
+    """Tensor memory, which sm_100 has 512 columns of."""
     tile: triton_tiles.Tile
     """How its work is divided."""
 
@@ -69,7 +71,8 @@ def compile_kernel(kernel: str, head_size: int, dtype: torch.dtype, architecture
     source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=constants)
     registers, spilled = resources(compiled.asm["cubin"])
-    return Use(registers, spilled, compiled.metadata.shared, tile)
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Use(registers, spilled, compiled.metadata.shared, columns, tile)
 
 
 def resources(binary: bytes) -> tuple[int, int]:

@@ -28,6 +28,7 @@ def test_kernels_fit_their_card(kernel, head_size, dtype, architecture):
     use = compile_kernel(kernel, head_size, dtype, architecture)
     assert use.spilled_bytes == 0
     assert use.shared_bytes <= SHARED_MEMORY[architecture]
+    assert use.tensor_columns <= 512
 
 
 def test_tensors_on_the_cpu_are_refused():
