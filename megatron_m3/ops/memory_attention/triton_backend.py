@@ -25,11 +25,11 @@ FEW_PROGRAMS = 512
 
 
 def split_head(head_size: int) -> tuple[int, int]:
-    """Columns of a tile as a power of two and a smaller one that together hold ``head_size``; the second may be 0."""
-    main = max(16, 1 << (head_size.bit_length() - 1))
+    """Columns of a tile as two powers of two that together hold ``head_size``; the second is smaller, 0, or both 128."""
+    main = min(max(16, 1 << (head_size.bit_length() - 1)), 128)
     rest = max(head_size - main, 0)
     tail = max(16, 1 << (rest - 1).bit_length()) if rest else 0
-    return (main, tail) if tail < main else (2 * main, 0)
+    return (2 * main, 0) if main < 128 and tail >= main else (main, tail)
 
 
 @functools.cache
