@@ -25,7 +25,7 @@ FEW_PROGRAMS = 512
 
 
 def split_head(head_size: int) -> tuple[int, int]:
-    """Columns of a tile as two powers of two that together hold ``head_size``; the second is smaller, 0, or both 128."""
+    """Columns of a tile as two powers of two that hold ``head_size``; the second is smaller or 0, or both are 128."""
     main = min(max(16, 1 << (head_size.bit_length() - 1)), 128)
     rest = max(head_size - main, 0)
     tail = max(16, 1 << (rest - 1).bit_length()) if rest else 0

@@ -4,8 +4,8 @@ A program takes one query head and a block of trunk rows, and goes through the k
 keys up to the rows (only the blocks on the diagonal are masked), then the band of memory slots that the rows read. One
 online softmax runs over all of it.
 
-Head sizes need not be powers of two: a tile is split in columns into ``MAIN`` (a power of two) and ``TAIL`` (a smaller
-one, or 0), so that 80 is computed as 64 + 16 and not as 128. Where ``TAIL`` is 0 the tail of a tile is its main part,
+Head sizes need not be powers of two: a tile is split in columns into ``MAIN`` and ``TAIL`` (powers of two, the second
+may be 0), so that 80 is computed as 64 + 16 and not as 128. Where ``TAIL`` is 0 the tail of a tile is its main part,
 and is not used. Scores are in units of log2: ``scale2`` is log2(e) / sqrt(D).
 """
 
