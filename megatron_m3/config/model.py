@@ -50,8 +50,9 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Share the input embedding with the output projection."""
-    attention: Literal["torch", "reference"] = "torch"
-    """Attention backend: torch (fused library kernels, merged), or reference (plain, slow, the truth)."""
+    attention: Literal["torch", "triton", "reference"] = "torch"
+    """Attention backend: torch (fused library kernels, merged), triton (one kernel for trunk and memories, on CUDA),
+    or reference (plain, slow, the truth)."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 * num_layers)."""
 

@@ -63,13 +63,13 @@ def memory_attention(
     Returns:
         ``[B, T, H, D]``.
     """
-    B, T = query_BTHD.shape[:2]
-    C, M = memory_valid_BCM.shape[1:3]
+    (B, T), (C, M) = query_BTHD.shape[:2], memory_valid_BCM.shape[1:3]
     device = query_BTHD.device
     causal_TT = torch.ones(T, T, dtype=torch.bool, device=device).tril()
     reads_TU = torch.zeros(T, C * M, dtype=torch.bool, device=device)
     reads_TU[prefix_length:] = visible_memories(T - prefix_length, C, chunk_length, window, M).to(device)
-    valid_BGU = memory_valid_BCM.reshape(B, C * M, -1).transpose(1, 2)
+    valid_BCMG = memory_valid_BCM[..., None] if memory_valid_BCM.dim() == 3 else memory_valid_BCM
+    valid_BGU = valid_BCMG.flatten(1, 2).transpose(1, 2)
     visible_BGTU = reads_TU & valid_BGU[:, :, None]
     trunk_BGTT = causal_TT.expand(B, visible_BGTU.shape[1], T, T)
     key_BUGD = torch.cat([memory_key_BCMGD.flatten(1, 2), key_BTGD], 1)
