@@ -8,10 +8,10 @@ FIND_PYTHON = for name in python3.12 python3; do \
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo bench
+.PHONY: help setup test gpu-check lint demo bench
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## make .venv with pinned requirements and the m3 command (a second time: nothing to do)
 
@@ -26,6 +26,10 @@ $(READY): requirements.txt requirements-dev.txt requirements-demo.txt pyproject.
 
 test: setup ## run all tests
 	$(PYTHON) -m pytest
+
+gpu-check: setup ## on a machine with a CUDA card: the tests that need one, then times, added to tests/benchmarks/results.csv
+	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(PYTHON) -m tests.benchmarks.bench_attention --record
 
 lint: setup ## ruff and mypy
 	$(PYTHON) -m ruff check .

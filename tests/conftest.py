@@ -1,4 +1,4 @@
-"""One thread for every library, set before any of them is imported."""
+"""One thread for every library and no CUDA device, set before any of them is imported."""
 
 import os
 import sys
@@ -7,6 +7,12 @@ import pytest
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
     os.environ[name] = "1" if name != "TOKENIZERS_PARALLELISM" else "false"
+
+
+def pytest_configure(config):
+    """Tests compute on the CPU, whatever the machine has, but for ``pytest -m gpu``."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True, scope="module")

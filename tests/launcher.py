@@ -23,7 +23,8 @@ def free_port() -> int:
 def run_command(arguments: Sequence[str], *, timeout: float = 300, env: dict[str, str] | None = None,
                 expect: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository root, one thread a process; fail with its output unless it exits ``expect``."""
-    merged = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
+    modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    merged = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": modules} | (env or {})
     done = subprocess.run(arguments, cwd=ROOT, env=merged, text=True, capture_output=True, timeout=timeout, check=False)
     if expect is not None and done.returncode != expect:
         output = f"{done.stdout}\n{done.stderr}"

@@ -1,5 +1,6 @@
 """Processes: joining the world, and its tensor-, pipeline- and data-parallel groups."""
 
+import atexit
 import datetime
 import os
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ def _join_world(platform: Platform) -> None:
         dist.init_process_group(platform.backend, timeout=TIMEOUT)
         return
     dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    # NCCL warns of a world that is left to the end of its process
+    atexit.register(shut_down)
 
 
 def check_world_size(parallel: ParallelSizes, world_size: int) -> None:

@@ -1,16 +1,15 @@
 """Memory attention beside the library's plain causal attention, forward and backward, in one run.
 
-    python -m tests.benchmarks.bench_attention [--json] [--tune]
+    python -m tests.benchmarks.bench_attention [--record] [--tune]
 
 On a CUDA device: every backend at the shapes of m3-2b and SmolLM2, with 8 kept tokens and the references of 5 chunks;
 the floor is torch's flash attention of the trunk alone (its key-value heads repeated beforehand or by the kernel,
 whichever is faster). Without one: the torch backend beside the plain reference on one thread. Nothing is timed before
-its output and gradients are checked. ``--tune`` times the Triton kernels with other tiles than those of
-``triton_tiles.py`` at m3-2b's shape.
+its output and gradients are checked. ``--record`` adds the rows to ``results.csv``; ``--tune`` times the Triton kernels
+with other tiles than those of ``triton_tiles.py`` at m3-2b's shape.
 """
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_m3.ops.memory_attention import get_backend, triton_backend, triton_tiles
+from tests.benchmarks import results
 
 LIMIT = 1.10
 """Forward and backward of the triton backend against the floor."""
@@ -223,10 +223,10 @@ def main() -> None:
             tune(shape)
         return
     for shape in CUDA_SHAPES if cuda else CPU_SHAPES:
-        for row in rows(shape):
-            if "--json" in sys.argv:
-                print(json.dumps({"device": torch.cuda.get_device_name() if cuda else "cpu", **row}), flush=True)
-                continue
+        measured = list(rows(shape))
+        if cuda and "--record" in sys.argv:
+            results.append("attention", measured)
+        for row in measured:
             text = (f"{row['shape']} x {row['batch']:<3} {row['what']:<16} {row['pass']:<17} p20 {row['p20_ms']:9.4f}  "
                     f"p50 {row['p50_ms']:9.4f}  p80 {row['p80_ms']:9.4f} ms   ratio {row['ratio']:7.3f}")
             if row["pass"] == "forward+backward" and row["what"] == ("triton" if cuda else "torch"):

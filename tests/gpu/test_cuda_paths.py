@@ -5,7 +5,10 @@ import itertools
 import pytest
 import torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and pytest -m gpu"),
+]
 
 SIZES = [
     # batch, prefix, context, chunk length, chunks, slots, window, heads, kv heads, head size
