@@ -82,7 +82,7 @@ def attention(module: Any, query_1HSD: Tensor, key_1GTD: Tensor, value_1GTD: Ten
         seen = torch.ones(S, T, dtype=torch.bool, device=query_1HSD.device).tril(T - S)
     if seen is not None and readers_H is not None:
         seen = seen.repeat(H, 1, 1)
-        seen[~readers_H, :, memory_slots] = False
+        seen[~readers_H.to(seen.device), :, memory_slots] = False
     out_1HSD = torch.nn.functional.scaled_dot_product_attention(
         query_1HSD, key_1GTD, value_1GTD, attn_mask=seen, scale=scaling, enable_gqa=True)
     return out_1HSD.transpose(1, 2).contiguous(), None

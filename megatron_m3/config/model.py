@@ -114,8 +114,9 @@ class MemoryConfig:
     spread: int = 1
     """Each memory layer and key-value head prefers tokens whose place has its own remainder modulo this, so that
     together they cover a reference; 1 prefers none (the paper)."""
-    selection: Literal["softmax", "exp"] = "softmax"
-    """Token weights: softmax (section 3.3), or exp, the unnormalised sum of the paper's code."""
+    selection: Literal["softmax", "exp", "value"] = "softmax"
+    """Token weights: softmax (section 3.3); exp, the unnormalised sum of the paper's code; or value, softmax times the
+    length of the token's value."""
     query_chunk: Literal["own", "previous"] = "own"
     """Text that retrieves for a chunk in training: its own (the paper) or the previous chunk's (honest likelihoods)."""
 
@@ -170,7 +171,7 @@ class MemoryConfig:
         if len(chosen) < len(parts) or set(chosen) != set(layers):
             raise ConfigError(
                 f"memory.heads={self.heads}: must name each memory layer once, and no other; memory.layers is "
-                f"{self.layers}"
+                f"{self.layers}; give the heads that go with them, or all"
             )
         if max(heads[-1] for heads in chosen.values()) >= num_kv_heads:
             raise ConfigError(f"memory.heads={self.heads}: the model has key-value heads 0-{num_kv_heads - 1}")

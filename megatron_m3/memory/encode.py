@@ -138,7 +138,7 @@ class EncodePlan:
         for place in keeping:
             config = self.configs[place]
             indices_NGK, valid_NK = select_in_layer(
-                config, layer, query_NTHD, key_NTGD, self.lengths_N, config.memory.num_kept_tokens
+                config, layer, query_NTHD, key_NTGD, value_NTGD, self.lengths_N, config.memory.num_kept_tokens
             )
             index_NGKD = indices_NGK[..., None].expand(-1, -1, -1, key_NTGD.shape[-1])
             kept = [part.transpose(1, 2).gather(2, index_NGKD) for part in (rotated_NTGD, value_NTGD)]

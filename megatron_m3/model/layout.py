@@ -113,6 +113,7 @@ class JointLayout:
             self.config, layer,
             self._split(query_SBHD.detach().transpose(0, 1)),
             self._split(key_SBGD.detach().transpose(0, 1)),
+            self._split(value_BSGD.detach()),
             self.reference_lengths_BN.flatten(), self.num_kept_tokens or self.config.memory.num_kept_tokens,
         )
         index_MKGD = indices_MGK.transpose(1, 2)[..., None].expand(-1, -1, -1, key_SBGD.shape[-1])

@@ -9,7 +9,8 @@ from megatron_m3.ops.select_tokens import select_tokens
 
 
 def select_in_layer(
-    config: Config, layer: int, query_NTHD: Tensor, key_NTGD: Tensor, lengths_N: Tensor, num_kept: int
+    config: Config, layer: int, query_NTHD: Tensor, key_NTGD: Tensor, value_NTGD: Tensor, lengths_N: Tensor,
+    num_kept: int,
 ) -> tuple[Tensor, Tensor]:
     """The kept tokens of each reference in memory layer ``layer``, by the config's rule (section 3.2).
 
@@ -18,6 +19,7 @@ def select_in_layer(
         layer: a memory layer, counted from 0.
         query_NTHD: queries of the references' tokens before RoPE, this process's heads.
         key_NTGD: keys before RoPE, this process's key-value heads.
+        value_NTGD: their values.
         lengths_N: tokens of each reference; later ones are padding.
         num_kept: tokens to keep for each key-value head.
 
@@ -28,7 +30,7 @@ def select_in_layer(
     preferred_GT = None
     if memory.spread > 1:
         preferred_GT = preferred_tokens(config, layer, *key_NTGD.shape[2:0:-1]).to(key_NTGD.device)
-    return select_tokens(query_NTHD, key_NTGD, lengths_N, num_kept, memory.selection, preferred_GT)
+    return select_tokens(query_NTHD, key_NTGD, lengths_N, num_kept, memory.selection, preferred_GT, value_NTGD)
 
 
 def preferred_tokens(config: Config, layer: int, num_local_heads: int, num_tokens: int) -> Tensor:

@@ -65,7 +65,7 @@ def test_error_is_at_most_twice_that_of_the_plain_version(backend, size, dtype, 
             assert (fast.double() - truth).abs().max() <= 2 * (slow.double() - truth).abs().max() + floor
 
 
-@pytest.mark.parametrize("size", [SIZES[1], (3, *SIZES[1][1:])])
+@pytest.mark.parametrize("size", [SIZES[1], (4, *SIZES[1][1:])])
 def test_triton_gives_the_same_bits_every_time(size):
     from megatron_m3.ops.memory_attention import triton_backend
 

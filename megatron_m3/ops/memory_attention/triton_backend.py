@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 from megatron_m3.errors import UnsupportedError
 from megatron_m3.ops.memory_attention.triton_tiles import Tile, place_of, tiles_for
 
+MOST_NUMBERS = 2**31 - 2**20
+"""Numbers of one sequence that 32-bit offsets reach, the rows that a block has beyond the last one included."""
 FEW_PROGRAMS = 512
 """With fewer programs than this, the query heads of a key-value head are not summed in one program but afterwards."""
 
@@ -42,15 +44,25 @@ def kernels() -> ModuleType:
     return triton_backward
 
 
-def _check(query: Tensor, key: Tensor, *others: Tensor) -> None:
-    """Refuse by name what the kernels cannot do."""
+def _check(query: Tensor, key: Tensor, value: Tensor, memory_key: Tensor, memory_value: Tensor) -> None:
+    """Refuse by name what the kernels cannot do; they would not notice shapes that do not belong together."""
     heads, head_size = query.shape[2:]
+    others = value, memory_key, memory_value
+    assert key.shape == value.shape == (*query.shape[:2], key.shape[2], head_size), "keys and values of other shapes"
+    assert memory_key.shape == memory_value.shape, "memory keys and values of different shapes"
+    assert (len(memory_key), *memory_key.shape[3:]) == (len(key), *key.shape[2:]), "memories of another shape"
+    assert all(tensor.device == query.device for tensor in (key, *others)), "tensors on different devices"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UnsupportedError(f"model.attention=triton: no kernel for {query.dtype}; use reference")
     if any(tensor.dtype != query.dtype for tensor in (key, *others)):
         raise UnsupportedError("model.attention=triton: queries, keys and values of different dtypes; use torch")
     if head_size > 256:
         raise UnsupportedError(f"model.head_size={head_size}: model.attention=triton takes up to 256; use reference")
+    if any(tensor[:1].numel() >= MOST_NUMBERS for tensor in (query, memory_key)):
+        raise UnsupportedError(
+            f"model.attention=triton: {query.shape[1]:,} tokens, {heads} heads of {head_size}: more numbers in a "
+            "sequence than 32-bit offsets reach; use torch"
+        )
     if heads % key.shape[2]:
         raise UnsupportedError(f"model.num_kv_heads={key.shape[2]}: must divide the {heads} query heads")
     if not (query.is_cuda or kernels().INTERPRETED.value):
@@ -61,9 +73,9 @@ def _check(query: Tensor, key: Tensor, *others: Tensor) -> None:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied only where its columns are apart or its rows too far apart for 32-bit offsets."""
-    near = tensor.shape[1] * max(tensor.stride(1), tensor.shape[-1]) < 2**31
-    return tensor if tensor.stride(-1) == 1 and near else tensor.contiguous()
+    """The tensor, copied only where its columns are apart or its rows or heads too far apart for 32-bit offsets."""
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+    return tensor if tensor.stride(-1) == 1 and span < MOST_NUMBERS else tensor.contiguous()
 
 
 def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
@@ -121,8 +133,9 @@ class _JointSoftmax(torch.autograd.Function):
         if out.numel():
             grid = B * H, -(-T // settings["ROWS"])
             with torch.cuda.device_of(query):
-                kernels().forward_kernel[grid](*inputs, out, lse, *_strides(*inputs, out), T, H, *band.arguments,
-                                    math.log2(math.e) / D**0.5, **settings)
+                kernels().forward_kernel[grid](
+                    *inputs, out, lse, *_strides(*inputs, out), T, H, *band.arguments, math.log2(math.e) / D**0.5,
+                    **settings)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.band = band
         return out

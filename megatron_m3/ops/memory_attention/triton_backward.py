@@ -62,20 +62,20 @@ def query_gradient_kernel(
     out += batch * out_strides[0] + head * out_strides[2]
     grad += batch * grad_strides[0] + head * grad_strides[2]
     query += batch * query_strides[0] + head * query_strides[2]
-    grad_main, grad_tail = load_rows(grad, grad_strides[1], rows, inside, D, MAIN, TAIL, True)
-    out_main, out_tail = load_rows(out, out_strides[1], rows, inside, D, MAIN, TAIL, True)
+    grad_main, grad_tail = load_rows(grad, grad_strides[1], rows, inside, D, MAIN, TAIL)
+    out_main, out_tail = load_rows(out, out_strides[1], rows, inside, D, MAIN, TAIL)
     row_dots = tl.sum(grad_main.to(tl.float32) * out_main.to(tl.float32), 1)
     if TAIL > 0:
         row_dots += tl.sum(grad_tail.to(tl.float32) * out_tail.to(tl.float32), 1)
     tl.store(dots + (batch * heads + head) * T + rows, row_dots, mask=inside)
     row_lse = tl.load(lse + (batch * heads + head) * T + rows, mask=inside, other=float("inf"))
-    q_main, q_tail = load_rows(query, query_strides[1], rows, inside, D, MAIN, TAIL, True)
+    q_main, q_tail = load_rows(query, query_strides[1], rows, inside, D, MAIN, TAIL)
     sum_main = tl.zeros((ROWS, MAIN), tl.float32)
     sum_tail = tl.zeros((ROWS, TAIL if TAIL > 0 else 1), tl.float32)
     for start in range(0, tl.minimum(first + ROWS, T), KEYS):
         keys = start + tl.arange(0, KEYS)
-        k_main, k_tail = load_rows(key, key_strides[1], keys, keys < T, D, MAIN, TAIL, True)
-        v_main, v_tail = load_rows(value, value_strides[1], keys, keys < T, D, MAIN, TAIL, True)
+        k_main, k_tail = load_rows(key, key_strides[1], keys, keys < T, D, MAIN, TAIL)
+        v_main, v_tail = load_rows(value, value_strides[1], keys, keys < T, D, MAIN, TAIL)
         sum_main, sum_tail = query_step(
             q_main, q_tail, grad_main, grad_tail, row_lse, row_dots, k_main, k_tail, v_main, v_tail,
             keys[None, :] <= rows[:, None], start + KEYS > first, scale2, sum_main, sum_tail, TAIL)
@@ -89,8 +89,8 @@ def query_gradient_kernel(
         for start in tl.range(from_slot, to_slot, SLOTS, num_stages=1):
             keys = start + tl.arange(0, SLOTS)
             full = load_valid(valid, valid_strides[1], keys, to_slot)
-            k_main, k_tail = load_rows(memory_key, memory_key_strides[1], keys, full, D, MAIN, TAIL, True)
-            v_main, v_tail = load_rows(memory_value, memory_value_strides[1], keys, full, D, MAIN, TAIL, True)
+            k_main, k_tail = load_rows(memory_key, memory_key_strides[1], keys, full, D, MAIN, TAIL)
+            v_main, v_tail = load_rows(memory_value, memory_value_strides[1], keys, full, D, MAIN, TAIL)
             seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None]) & full[None, :]
             sum_main, sum_tail = query_step(
                 q_main, q_tail, grad_main, grad_tail, row_lse, row_dots, k_main, k_tail, v_main, v_tail, seen, True,
@@ -107,13 +107,13 @@ def key_step(query, grad, lse, dots, query_stride, grad_stride, rows, T, k_main,
     ``seen`` is ``[keys, rows]``, like everything here: the products then need no transposed operand from registers.
     """
     inside = rows < T
-    q_main, q_tail = load_rows(query, query_stride, rows, inside, D, MAIN, TAIL, True)
+    q_main, q_tail = load_rows(query, query_stride, rows, inside, D, MAIN, TAIL)
     score = product(k_main, k_tail, q_main, q_tail, TAIL)
     row_lse = tl.load(lse + rows, mask=inside, other=float("inf"))
     weight = tl.exp2(score * scale2 - row_lse[None, :])
     if masked:
         weight = tl.where(seen, weight, 0.0)
-    grad_main, grad_tail = load_rows(grad, grad_stride, rows, inside, D, MAIN, TAIL, True)
+    grad_main, grad_tail = load_rows(grad, grad_stride, rows, inside, D, MAIN, TAIL)
     dv_main, dv_tail = accumulate(dv_main, dv_tail, weight, grad_main, grad_tail, TAIL)
     row_dots = tl.load(dots + rows, mask=inside, other=0.0)
     d_weight = product(v_main, v_tail, grad_main, grad_tail, TAIL)
@@ -135,8 +135,8 @@ def key_gradients(
 
     Rows ``begin`` to ``end`` are those that may see them; every row from ``masked_end`` on sees all of them.
     """
-    k_main, k_tail = load_rows(key, key_stride, keys, full, D, MAIN, TAIL, True)
-    v_main, v_tail = load_rows(value, value_stride, keys, full, D, MAIN, TAIL, True)
+    k_main, k_tail = load_rows(key, key_stride, keys, full, D, MAIN, TAIL)
+    v_main, v_tail = load_rows(value, value_stride, keys, full, D, MAIN, TAIL)
     dk_main = tl.zeros((KEYS, MAIN), tl.float32)
     dv_main = tl.zeros((KEYS, MAIN), tl.float32)
     dk_tail = tl.zeros((KEYS, TAIL if TAIL > 0 else 1), tl.float32)

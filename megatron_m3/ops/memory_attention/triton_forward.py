@@ -21,30 +21,24 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def load_part(pointer, stride, rows, inside, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-              BOUNDED: tl.constexpr):
-    """Columns ``FIRST`` to ``FIRST + WIDTH`` of some rows; 0 beyond ``D`` and, if ``BOUNDED``, outside."""
+def load_part(pointer, stride, rows, inside, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns ``FIRST`` to ``FIRST + WIDTH`` of some rows; 0 beyond ``D`` and in rows that are not inside."""
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = pointer + rows[:, None] * stride + columns[None, :]
-    if BOUNDED and FIRST + WIDTH > D:
+    if FIRST + WIDTH > D:
         tile = tl.load(pointers, mask=inside[:, None] & (columns < D)[None, :], other=0.0)
-    elif BOUNDED:
-        tile = tl.load(pointers, mask=inside[:, None], other=0.0)
-    elif FIRST + WIDTH > D:
-        tile = tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
     else:
-        tile = tl.load(pointers)
+        tile = tl.load(pointers, mask=inside[:, None], other=0.0)
     return tile
 
 
 @triton.jit
-def load_rows(pointer, stride, rows, inside, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-              BOUNDED: tl.constexpr):
-    """Some rows of a tensor, as main and tail columns; rows that are not inside are not read where ``BOUNDED``."""
-    main = load_part(pointer, stride, rows, inside, D, 0, MAIN, BOUNDED)
+def load_rows(pointer, stride, rows, inside, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """Some rows of a tensor, as main and tail columns; rows that are not inside are not read."""
+    main = load_part(pointer, stride, rows, inside, D, 0, MAIN)
     tail = main
     if TAIL > 0:
-        tail = load_part(pointer, stride, rows, inside, D, MAIN, TAIL, BOUNDED)
+        tail = load_part(pointer, stride, rows, inside, D, MAIN, TAIL)
     return main, tail
 
 
@@ -152,18 +146,18 @@ def forward_kernel(
     key += batch * key_strides[0] + group * key_strides[2]
     value += batch * value_strides[0] + group * value_strides[2]
     query += batch * query_strides[0] + head * query_strides[2]
-    q_main, q_tail = load_rows(query, query_strides[1], rows, rows < T, D, MAIN, TAIL, True)
+    q_main, q_tail = load_rows(query, query_strides[1], rows, rows < T, D, MAIN, TAIL)
     out_main = tl.zeros((ROWS, MAIN), tl.float32)
     out_tail = tl.zeros((ROWS, TAIL if TAIL > 0 else 1), tl.float32)
     most = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, tl.minimum(first + ROWS, T), KEYS):
         keys = start + tl.arange(0, KEYS)
-        k_main, k_tail = load_rows(key, key_strides[1], keys, keys < T, D, MAIN, TAIL, True)
+        k_main, k_tail = load_rows(key, key_strides[1], keys, keys < T, D, MAIN, TAIL)
         score = product(q_main, q_tail, k_main, k_tail, TAIL)
         if start + KEYS > first:
             score = tl.where(keys[None, :] <= rows[:, None], score, -float("inf"))
-        v_main, v_tail = load_rows(value, value_strides[1], keys, keys < T, D, MAIN, TAIL, True)
+        v_main, v_tail = load_rows(value, value_strides[1], keys, keys < T, D, MAIN, TAIL)
         out_main, out_tail, most, total = softmax_step(
             score, scale2, v_main, v_tail, out_main, out_tail, most, total, TAIL)
     if MEMORY:
@@ -176,11 +170,11 @@ def forward_kernel(
         for start in tl.range(from_slot, to_slot, SLOTS, num_stages=1):
             keys = start + tl.arange(0, SLOTS)
             full = load_valid(valid, valid_strides[1], keys, to_slot)
-            k_main, k_tail = load_rows(memory_key, memory_key_strides[1], keys, full, D, MAIN, TAIL, True)
+            k_main, k_tail = load_rows(memory_key, memory_key_strides[1], keys, full, D, MAIN, TAIL)
             score = product(q_main, q_tail, k_main, k_tail, TAIL)
             seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None]) & full[None, :]
             score = tl.where(seen, score, -float("inf"))
-            v_main, v_tail = load_rows(memory_value, memory_value_strides[1], keys, full, D, MAIN, TAIL, True)
+            v_main, v_tail = load_rows(memory_value, memory_value_strides[1], keys, full, D, MAIN, TAIL)
             out_main, out_tail, most, total = softmax_step(
                 score, scale2, v_main, v_tail, out_main, out_tail, most, total, TAIL)
     out += batch * out_strides[0] + head * out_strides[2]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_m3.errors import UnsupportedError
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -15,7 +17,7 @@ class Tile:
     rows: int
     """Queries of a block."""
     keys: int
-    """Keys of a block; in the kernel of the key gradients a multiple of ``rows``."""
+    """Keys of a block."""
     slots: int
     """Memory slots of a block."""
     warps: int
@@ -72,7 +74,7 @@ AMPERE: Tiles = {
     ("key", 192): Tile(32, 32, 32, 4, 1),
     ("key", 256): Tile(32, 64, 32, 8, 1),
 }
-"""16-bit inputs on sm_80 and its kin."""
+"""16-bit inputs on sm_80."""
 
 WIDE: Tiles = {
     ("forward", 80): Tile(32, 32, 32, 8, 2),
@@ -85,7 +87,16 @@ WIDE: Tiles = {
 
 
 def tiles_for(dtype: torch.dtype, architecture: int) -> Tiles:
-    """The tiles for inputs of ``dtype`` on a card of ``architecture`` (90 is H100)."""
+    """The tiles for inputs of ``dtype`` on a card of ``architecture`` (90 is H100).
+
+    Raises:
+        UnsupportedError: a card whose programs have less shared memory than these tiles take.
+    """
+    if architecture not in (80, 90, 100, 103):
+        raise UnsupportedError(
+            f"model.attention=triton: no tiles for sm_{architecture}; there are some for sm_80, sm_90 and sm_100: "
+            "use torch"
+        )
     if dtype == torch.float32:
         return WIDE
     if architecture < 90:

@@ -8,20 +8,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+type Rule = Literal["softmax", "exp", "value"]
+
 
 def token_weights(
-    query_NTHD: Tensor, key_NTGD: Tensor, lengths_N: Tensor, rule: Literal["softmax", "exp"] = "softmax"
+    query_NTHD: Tensor, key_NTGD: Tensor, lengths_N: Tensor, rule: Rule = "softmax", value_NTGD: Tensor | None = None
 ) -> Tensor:
     """Attention that each token receives, summed over queries and over the query heads of its key-value head.
 
     ``w_j = sum_i softmax_j(q_i . k_j / sqrt(D))`` over the reference's own tokens: no causal mask, no RoPE. With rule
-    "exp" the softmax's normalisation is left out; the result is then its logarithm, which has the same order.
+    "exp" the softmax's normalisation is left out; the result is then its logarithm, which has the same order. With rule
+    "value" a weight is multiplied by the length of the token's value, so that it says how much the token adds.
 
     Args:
         query_NTHD: queries before RoPE.
         key_NTGD: keys before RoPE.
         lengths_N: tokens of each reference; later ones are padding and take no part.
-        rule: softmax (section 3.3) or exp (the paper's code).
+        rule: softmax (section 3.3), exp (the paper's code) or value.
+        value_NTGD: values, for rule value.
 
     Returns:
         Weights ``[N, G, T]`` in fp32, -inf at padding.
@@ -37,8 +41,12 @@ def token_weights(
         score_NGRTT = score_NGRTT.masked_fill(~valid_NT[:, None, None, :, None], -torch.inf)
         return score_NGRTT.logsumexp((2, 3))
     attention_NGRTT = score_NGRTT.softmax(-1) * valid_NT[:, None, None, :, None]
+    weight_NGT = attention_NGRTT.sum((2, 3))
+    if rule == "value":
+        assert value_NTGD is not None, "rule value needs the values"
+        weight_NGT = weight_NGT * value_NTGD.to(wide).norm(dim=-1).transpose(1, 2)
     # a missing reference has no valid key at all: its softmax is NaN and its weights are -inf
-    return attention_NGRTT.sum((2, 3)).masked_fill(~valid_NT[:, None, :], -torch.inf)
+    return weight_NGT.masked_fill(~valid_NT[:, None, :], -torch.inf)
 
 
 @torch.no_grad()
@@ -47,8 +55,9 @@ def select_tokens(
     key_NTGD: Tensor,
     lengths_N: Tensor,
     num_kept: int,
-    rule: Literal["softmax", "exp"] = "softmax",
+    rule: Rule = "softmax",
     preferred_GT: Tensor | None = None,
+    value_NTGD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The ``num_kept`` tokens with the largest weight for each key-value head, in their order of position.
 
@@ -59,7 +68,7 @@ def select_tokens(
         indices ``[N, G, K]``, ascending, 0 where nothing is kept; valid ``[N, K]``, False where nothing is kept.
     """
     T = query_NTHD.shape[1]
-    weight_NGT = token_weights(query_NTHD, key_NTGD, lengths_N, rule)
+    weight_NGT = token_weights(query_NTHD, key_NTGD, lengths_N, rule, value_NTGD)
     order_NGT = weight_NGT.argsort(dim=-1, descending=True, stable=True)
     if preferred_GT is not None:
         # padding, whose weight is -inf, stays behind all tokens

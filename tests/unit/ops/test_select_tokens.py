@@ -8,8 +8,8 @@ import torch
 from megatron_m3.ops.select_tokens import select_tokens, token_weights
 
 
-def weights_by_loop(query, key, length, rule):
-    """One reference, straight from the equation: query [T, H, D], key [T, G, D]."""
+def weights_by_loop(query, key, value, length, rule):
+    """One reference, straight from the equation: query [T, H, D], key and value [T, G, D]."""
     _, H, D = query.shape
     G = key.shape[1]
     weight = torch.zeros(G, length, dtype=torch.float64)
@@ -18,22 +18,23 @@ def weights_by_loop(query, key, length, rule):
         for i in range(length):
             products = [float(query[i, head] @ key[j, group]) / math.sqrt(D) for j in range(length)]
             powers = [math.exp(product) for product in products]
-            total = sum(powers) if rule == "softmax" else 1.0
+            total = 1.0 if rule == "exp" else sum(powers)
             for j in range(length):
-                weight[group, j] += powers[j] / total
+                added = math.sqrt(float(value[j, group] @ value[j, group])) if rule == "value" else 1.0
+                weight[group, j] += powers[j] / total * added
     return weight
 
 
-@pytest.mark.parametrize("rule", ["softmax", "exp"])
+@pytest.mark.parametrize("rule", ["softmax", "exp", "value"])
 def test_weights_and_choice_equal_the_loop(rule):
     generator = torch.Generator().manual_seed(0)
     N, T, H, G, D, K = 3, 11, 4, 2, 8, 4
-    query, key = torch.randn(N, T, H, D, generator=generator), torch.randn(N, T, G, D, generator=generator)
+    query, key, value = (torch.randn(N, T, heads, D, generator=generator) for heads in (H, G, G))
     lengths = torch.tensor([11, 6, 2])
-    weights = token_weights(query, key, lengths, rule)
-    indices, valid = select_tokens(query, key, lengths, K, rule)
+    weights = token_weights(query, key, lengths, rule, value)
+    indices, valid = select_tokens(query, key, lengths, K, rule, value_NTGD=value)
     for n, length in enumerate(lengths.tolist()):
-        expected = weights_by_loop(query[n], key[n], length, rule)
+        expected = weights_by_loop(query[n], key[n], value[n], length, rule)
         got = weights[n, :, :length].double()
         torch.testing.assert_close(got.exp() if rule == "exp" else got, expected, rtol=1e-5, atol=1e-6)
         assert valid[n].tolist() == [k < length for k in range(K)]

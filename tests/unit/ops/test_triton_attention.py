@@ -10,6 +10,7 @@ import torch
 
 from megatron_m3.errors import UnsupportedError
 from megatron_m3.ops.memory_attention import get_backend
+from megatron_m3.ops.memory_attention.triton_tiles import tiles_for
 from tests.launcher import ROOT
 from tests.unit.ops.compiled_kernels import SHAPES, SHARED_MEMORY, compile_kernel
 
@@ -37,6 +38,29 @@ def test_tensors_on_the_cpu_are_refused():
         get_backend("triton").causal_attention(*tensors)
 
 
+def test_a_card_without_tiles_is_refused_by_name():
+    with pytest.raises(UnsupportedError, match=r"no tiles for sm_89.*use torch"):
+        tiles_for(torch.bfloat16, 89)
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(700_000, 40), (70_000, 400)])
+def test_a_sequence_beyond_32_bit_offsets_is_refused(tokens, heads):
+    query = torch.empty(1, tokens, heads, 80, device="meta", dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="32-bit offsets"):
+        get_backend("triton").causal_attention(query, query[:, :, :8], query[:, :, :8])
+
+
+def test_shapes_that_do_not_belong_together_are_noticed():
+    query, key = torch.zeros(1, 4, 2, 16), torch.zeros(1, 4, 2, 16)
+    band = {"prefix_length": 0, "chunk_length": 4, "window": 1}
+    memory, valid = torch.zeros(1, 1, 2, 2, 16), torch.ones(1, 1, 2, dtype=torch.bool)
+    attend = get_backend("triton").memory_attention
+    with pytest.raises(AssertionError, match="keys and values"):
+        attend(query, key, key[:, :3], memory, memory, valid, **band)
+    with pytest.raises(AssertionError, match="memories of another shape"):
+        attend(query, key, key, memory[..., :1, :], memory[..., :1, :], valid, **band)
+
+
 def test_the_package_works_where_triton_cannot_be_imported():
     code = """
 import sys
@@ -50,6 +74,7 @@ for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
     del sys.modules[name]
 from megatron_m3.errors import UnsupportedError
 from megatron_m3.ops.memory_attention import get_backend
+from megatron_m3.ops.memory_attention.triton_tiles import tiles_for
 tensors = [torch.zeros(1, 4, 2, 16) for _ in range(3)]
 get_backend("torch").causal_attention(*tensors)
 try:
