@@ -2,12 +2,18 @@
 
     m3 bank build --checkpoint run --references references --output bank
     mpiexec -n 8 python -m launch.build_bank --checkpoint run --references references --output bank --codec auto
+    mpiexec -n 8 python -m launch.build_bank --checkpoint run --references references --output bank --plan
+
+A build that was stopped goes on where it was when the same command is given again. It does not begin where the disk has
+less space than is still to be written; --plan says how much that is, and how long it will take.
 """
 
+import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +78,33 @@ def _build(options: BankConfig, comm: Any) -> str | None:
     from megatron_m3.memory.build import build_bank
     from megatron_m3.platform.distributed import shut_down
 
+    if options.plan:
+        return _plan(options, comm)
     had_world = dist.is_initialized()
     line = build_bank(options, comm, _load)
     if not had_world:
         shut_down()
+    return line
+
+
+def _plan(options: BankConfig, comm: Any) -> str | None:
+    """The plan as text or JSON on rank 0."""
+    from megatron_m3.evaluation.bank_plan import plan_build, plan_table
+    from megatron_m3.memory.build import BankOrder
+    from megatron_m3.memory.work import agree
+    from megatron_m3.model.checkpoint import describe_model
+    from megatron_m3.model.gpt import DTYPES
+    from megatron_m3.platform import select
+    from megatron_m3.training.metrics import measure_peak_tflops
+
+    with agree(comm):
+        order = BankOrder.open(options, describe_model)
+    mine = options.plan_tflops or measure_peak_tflops(select().device, DTYPES[order.loaded.config.training.dtype])
+    rates, line = comm.gather(mine), None
+    with agree(comm):
+        if comm.rank == 0:
+            plan = plan_build(order, rates)
+            line = json.dumps(asdict(plan), indent=2) if options.json else plan_table(plan)
     return line
 
 

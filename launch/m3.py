@@ -46,7 +46,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         _job("memory frontier", "launch.frontier", "loss against bytes per reference, for many memory settings"),
         _job("bank build", "launch.build_bank", "write the memory bank of a checkpoint (run it under mpiexec)"),
         _job("bank inspect", "launch.inspect_bank", "show what a bank holds, or one reference's memory"),
-        _job("bank verify", "launch.verify_bank", "check every checksum of a bank"),
+        _job("bank verify", "launch.verify_bank", "check every checksum of a bank, and a sample against its model"),
     ),
     "Inference": (
         _job("generate", "launch.generate", "generate with recall every 64 tokens, showing the references read"),

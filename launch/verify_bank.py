@@ -1,33 +1,106 @@
-"""`m3 bank verify`: check every checksum of a bank.
+"""`m3 bank verify`: check every checksum of a bank, and that a sample of it is what its model writes.
 
     m3 bank verify --bank bank
+    m3 bank verify --bank bank --sample 100 --checkpoint run --references references
+
+With --sample, references are drawn uniformly, encoded again and passed through the bank's codec; their records must be
+the same bit for bit. Where the bank was built on another machine, last bits may differ: --tolerance 0.01 accepts
+decoded keys and values that are 1 % off, of the same tokens. Exit status 1 tells that records differ.
 """
 
+import math
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from launch.build_bank import FOR_ONE_THREAD
 from megatron_m3.config import parse
-from megatron_m3.errors import exit_on_user_error
+from megatron_m3.errors import ConfigError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from megatron_m3.memory.bank import MemoryBank
+    from megatron_m3.memory.verify import SampleReport
+
+SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Which bank."""
+    """Which bank, and what of it."""
 
     bank: str
     """Folder of the bank."""
+    sample: int = 0
+    """References that are encoded again and compared with their records; 0 compares checksums alone."""
+    checkpoint: str = ""
+    """With --sample: the checkpoint that the bank was built with, or the folder of its run."""
+    references: str = ""
+    """With --sample: folder of the knowledge base that the bank was built from."""
+    seed: int = 0
+    """Draw of the sample."""
+    tolerance: float = 0.0
+    """With --sample: largest error of a head's decoded keys or values of a reference, as a share of their length, that
+    is accepted where the tokens are the same; 0 accepts only the same bits."""
+
+    def __post_init__(self) -> None:
+        if self.sample < 0:
+            raise ConfigError(f"sample={self.sample}: must be 0 or more")
+        if not 0 <= self.tolerance < math.inf:
+            raise ConfigError(f"tolerance={self.tolerance}: must be 0 or more, and finite")
+        for name in ("checkpoint", "references"):
+            if self.sample and not getattr(self, name):
+                raise ConfigError(f"{name}: missing; --sample needs --checkpoint and --references")
+            if getattr(self, name) and not self.sample:
+                raise ConfigError(f"{name}: only a sample is compared with it; add --sample 100")
+        if self.tolerance and not self.sample:
+            raise ConfigError("tolerance: checksums have none; add --sample 100")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read a whole bank and say that it is what was written, or name the first damaged file."""
+    """Say that a bank is what was written, or name the first damaged file; compare a sample if asked."""
     options = parse(VerifyOptions, argv, "m3 bank verify", __doc__ or "")
+    for name in FOR_ONE_THREAD:  # as in the build: last bits depend on the number of threads
+        os.environ[name] = "1"
     from megatron_m3.platform import select
 
     select()
     from megatron_m3.memory.bank import MemoryBank
 
     bank = MemoryBank.open(options.bank, check=True)
-    print(f"{options.bank}: whole; {len(bank):,} memories in {bank.settings.num_blocks:,} shards")
+    print(f"{options.bank}: whole; {len(bank):,} memories in {bank.settings.num_blocks:,} shards", flush=True)
+    if options.sample:
+        report = _verify_sample(bank, options)
+        print(f"{options.bank}: {_describe(report, options.tolerance)}")
+        if not report.is_within(options.tolerance):
+            sys.exit(1)
+
+
+def _verify_sample(bank: "MemoryBank", options: VerifyOptions) -> "SampleReport":
+    import torch
+
+    from megatron_m3.memory.verify import check_origin, draw_sample, verify_sample
+    from megatron_m3.model.checkpoint import describe_model, load_model
+    from megatron_m3.references import ReferenceStore
+
+    torch.set_num_threads(1)
+    folder, references = Path(options.checkpoint), ReferenceStore.open(options.references)
+    check_origin(bank, describe_model(folder), references)
+    ids = draw_sample(options.sample, len(bank), options.seed)
+    return verify_sample(bank, load_model(folder), references, ids, tolerance=options.tolerance)
+
+
+def _describe(report: "SampleReport", tolerance: float) -> str:
+    which = f"{report.references:,} references drawn and encoded again"
+    if not report.different:
+        return f"{which}: the same bits"
+    names = ", ".join(map(str, report.different[:SHOWN])) + ", …" * (len(report.different) > SHOWN)
+    accepted = f"within the tolerance {tolerance:g}" if report.is_within(tolerance) else "NOT what the model writes"
+    return (f"{which}: {len(report.different):,} differ ({names}), in {report.different_lists:,} of {report.lists:,} "
+            f"heads, of which {report.other_tokens:,} keep other tokens; largest relative error of decoded keys or "
+            f"values {report.largest_error:.2g}; {accepted}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Settings of a bank build."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_m3.errors import ConfigError
@@ -34,10 +35,24 @@ class BankConfig:
     """References in a shard, the piece of work of a rank."""
     batch_tokens: int = 8192
     """Most tokens, padding included, in one forward pass."""
+    plan: bool = False
+    """Print what the build would take (bytes, FLOPs, time) and write nothing; under mpiexec, for that many ranks."""
+    plan_tflops: float = 0.0
+    """With --plan: TFLOP/s of a rank's hardware in a large matrix product; 0 measures this machine's in 0.3 s."""
+    plan_utilisation: float = 0.5
+    """With --plan: share of that rate that encoding is taken to reach."""
+    json: bool = False
+    """With --plan: print JSON."""
 
     def __post_init__(self) -> None:
         for name in ("codec_sample", "block_size", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.plan_tflops < math.inf:
+            raise ConfigError(f"plan_tflops={self.plan_tflops}: must be 0 or more, and finite")
+        if not 0 < self.plan_utilisation <= 1:
+            raise ConfigError(f"plan_utilisation={self.plan_utilisation}: must be above 0 and at most 1")
+        if self.json and not self.plan:
+            raise ConfigError("json: only a plan is printed as JSON; add --plan")
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must be 0 or more")

@@ -43,18 +43,24 @@ class KnowledgeCost:
         return self.write_parameters, self.write_memory + uses * self.read_memory, uses * self.read_text
 
 
+def write_memory_flops(config: Config, length: int) -> float:
+    """Appendix A's cost of writing the memory of a reference of ``length`` tokens; the prefix is not counted."""
+    model, layers = config.model, config.memory_layers
+    depth = layers[-1] + 1
+    encoding = projection_flops(model, length) + attention_flops(model, length**2 / 2)
+    return depth * encoding + (depth - 1) * mlp_flops(model, length) + len(layers) * selection_flops(model, 1, length)
+
+
 def knowledge_cost(config: Config) -> KnowledgeCost:
     """Appendix A for any shape, with ``data.sequence_length`` as the length of a training sequence."""
     model, memory = config.model, config.memory
     length, layers = memory.reference_length, config.memory_layers
-    depth = layers[-1] + 1
     projection, mlp = projection_flops(model, length), mlp_flops(model, length)
     training = projection + mlp + attention_flops(model, length * config.data.sequence_length / 2)
-    encoding = projection + attention_flops(model, length**2 / 2)
     prompt = projection + attention_flops(model, length * (length / 2 + memory.chunk_length))
     return KnowledgeCost(
         write_parameters=(1 + BACKWARD) * (model.num_layers * training + output_flops(model, length)),
-        write_memory=depth * encoding + (depth - 1) * mlp + len(layers) * selection_flops(model, 1, length),
+        write_memory=write_memory_flops(config, length),
         read_memory=len(layers) * attention_flops(model, memory.chunk_length * memory.num_kept_tokens),
         read_text=model.num_layers * prompt + (model.num_layers - 1) * mlp,
     )

@@ -97,19 +97,31 @@ class BlockFolder:
             ArtifactError: the folder holds blocks of another job, or its record of the job is damaged.
         """
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        key, path = hash_json(dict(job)), self.folder / JOB
+        if not self.is_begun(self.folder, job):
+            with atomic_path(self.folder / JOB) as temporary:
+                record = {"key": hash_json(dict(job)), "job": dict(job)}
+                temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+    @staticmethod
+    def is_begun(folder: Path, job: Mapping[str, Any]) -> bool:
+        """Whether ``job`` was begun in ``folder``; false where it can be. Writes nothing.
+
+        Raises:
+            ArtifactError: as for the constructor.
+        """
+        path = folder / JOB
         if path.exists():
             found = _read_json(path, {"key"}, f"the record of a job; remove {folder} or choose another folder")
-            if found["key"] != key:
+            if found["key"] != hash_json(dict(job)):
                 raise ArtifactError(
                     f"{folder}: holds blocks made from other inputs or settings; remove it or choose another folder"
                 )
-        else:
-            if any(self.folder.iterdir()):
-                raise ArtifactError(f"{folder}: not empty, and not begun by this job; choose another folder")
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps({"key": key, "job": dict(job)}, indent=1, sort_keys=True) + "\n")
+            return True
+        if folder.exists() and not folder.is_dir():
+            raise ArtifactError(f"{folder}: is a file; choose another folder")
+        if folder.exists() and any(folder.iterdir()):
+            raise ArtifactError(f"{folder}: not empty, and not begun by this job; choose another folder")
+        return False
 
     def name(self, index: int) -> str:
         """File name of block ``index``."""

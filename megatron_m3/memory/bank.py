@@ -166,6 +166,20 @@ class MemoryBank:
             DataError: an id that the bank does not have.
             ArtifactError: a record that is damaged.
         """
+        codes_NCB, positions, num_kept = self.record.unpack(*self._read_whole(ids, kv_heads), kv_heads)
+        kv = self.codec.decode(codes_NCB, positions, num_kept, kv_heads)
+        return ExplicitMemories(kv=kv, positions=positions, num_kept=num_kept)
+
+    def records(self, ids: np.ndarray | Sequence[int]) -> np.ndarray:
+        """The records of ``ids`` as they stand on disk, uint8 [N, record_bytes], checked against their checksums.
+
+        Raises:
+            DataError, ArtifactError: as for :meth:`read`.
+        """
+        return np.concatenate(self._read_whole(ids, slice(None)), 1)
+
+    def _read_whole(self, ids: np.ndarray | Sequence[int], kv_heads: slice) -> tuple[np.ndarray, np.ndarray]:
+        """The codes of ``kv_heads`` and the tail of each record, undamaged."""
         ids = np.asarray(ids, np.int64)
         if ids.size and not (ids.min() >= 0 and ids.max() < len(self)):
             wrong = int(ids[(ids < 0) | (ids >= len(self))][0])
@@ -178,9 +192,7 @@ class MemoryBank:
             path = self.folder / shard_name(id // self.settings.block_size)
             raise ArtifactError(f"{path}: the record of reference {id} is damaged; run `m3 bank build` "
                                 "into the folder again, it writes damaged shards anew")
-        codes_NCB, positions, num_kept = self.record.unpack(codes, tail, kv_heads)
-        kv = self.codec.decode(codes_NCB, positions, num_kept, kv_heads)
-        return ExplicitMemories(kv=kv, positions=positions, num_kept=num_kept)
+        return codes, tail
 
     def _read_bytes(self, ids: np.ndarray, place: slice) -> tuple[np.ndarray, np.ndarray]:
         """The codes at ``place`` and the tail of each record."""

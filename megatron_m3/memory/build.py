@@ -4,30 +4,39 @@ What a rank computes depends on the block alone, and every rank computes on one 
 the same bytes. The ranks share one folder on a file system that all of them see.
 """
 
+import functools
 import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
 from megatron_m3.config import replace_fields
 from megatron_m3.config.bank import BankConfig
-from megatron_m3.errors import ArtifactError, ConfigError, DataError, M3Error
+from megatron_m3.errors import ArtifactError, ConfigError, DataError
 from megatron_m3.manifest import Manifest, read_manifest, write_manifest
 from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, ShardFolder, head_list
 from megatron_m3.memory.codec import KIND as CODEC_KIND
 from megatron_m3.memory.codec import SCHEMA as CODEC_SCHEMA
 from megatron_m3.memory.codec import Codec
-from megatron_m3.memory.codecs import check_codec, load_codec, train_codec
+from megatron_m3.memory.codecs import (
+    SampleSize,
+    check_codec,
+    load_codec,
+    resolve_codec,
+    token_bytes,
+    train_codec,
+)
 from megatron_m3.memory.encode import encode_references
 from megatron_m3.memory.sensitivity import Sensitivity, measure_sensitivity
+from megatron_m3.memory.space import check_space, measure_space
 from megatron_m3.memory.types import ExplicitMemories, held_lists
 from megatron_m3.memory.work import SharedWork, agree
-from megatron_m3.model.checkpoint import LoadedModel
+from megatron_m3.model.checkpoint import LoadedModel, ModelDescription
 from megatron_m3.platform.progress import Progress
 from megatron_m3.references import ReferenceStore
 
@@ -36,15 +45,15 @@ GROUP = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class BankJob:
+class BankOrder[Model: ModelDescription]:
     """One bank to be built: its inputs, opened and checked."""
 
     options: BankConfig
-    loaded: LoadedModel
+    loaded: Model
     references: ReferenceStore
 
     @classmethod
-    def open(cls, options: BankConfig, load: Callable[[Path], LoadedModel]) -> "BankJob":
+    def open(cls, options: BankConfig, load: Callable[[Path], Model]) -> Self:
         """Read the model and the references, and check that they and the codec go together.
 
         Raises:
@@ -67,6 +76,11 @@ class BankJob:
                               f"--reference-length {config.memory.reference_length}")
         check_codec(options.codec, config.model.head_size)
         return cls(options=options, loaded=replace(loaded, config=config), references=references)
+
+    @property
+    def folder(self) -> Path:
+        """Where the bank will lie."""
+        return Path(self.options.output)
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -96,7 +110,25 @@ class BankJob:
         return {"kind": KIND, "schema": SCHEMA, "inputs": self.inputs,
                 "settings": shape | {name: getattr(options, name) for name in names}}
 
-    def settings(self, codec: Codec) -> BankSettings:
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each reference, int32 [N]; unchecked."""
+        return self.references.lengths()
+
+    def planned_settings(self) -> BankSettings:
+        """The settings that the bank will have, known before the codec is trained.
+
+        Raises:
+            ConfigError: the sample is too small for the codec.
+        """
+        config, ids = self.loaded.config, self.sample_ids()
+        head_size = config.model.head_size
+        kept = np.minimum(self.lengths[ids], config.memory.num_kept_tokens).sum()
+        name = resolve_codec(self.options.codec, head_size, SampleSize(
+            references=len(ids), kept_tokens=int(kept), num_lists=int(self.memory_lists.sum())))
+        return self.settings(name, token_bytes(name, head_size, config.training.dtype))
+
+    def settings(self, codec: str, token_bytes: int) -> BankSettings:
         """The settings that the bank will say of itself."""
         model, memory = self.loaded.config.model, self.loaded.config.memory
         return BankSettings(
@@ -104,7 +136,7 @@ class BankJob:
             memory_layers=self.loaded.config.memory_layers, num_kept_tokens=memory.num_kept_tokens,
             selection=memory.selection, spread=memory.spread, prefix=memory.prefix,
             reference_length=memory.reference_length, num_kv_heads=model.num_kv_heads, head_size=model.head_size,
-            codec=codec.name, token_bytes=codec.token_bytes, memory_heads=self.memory_heads,
+            codec=codec, token_bytes=token_bytes, memory_heads=self.memory_heads,
         )
 
     def sample_ids(self) -> np.ndarray:
@@ -112,6 +144,10 @@ class BankJob:
         count = min(self.options.codec_sample, len(self.references)) if self.options.codec != "none" else 0
         drawn = np.random.default_rng(self.options.seed).choice(len(self.references), count, replace=False)
         return np.sort(drawn)
+
+
+class BankJob(BankOrder[LoadedModel]):
+    """A bank that this process can help to build: it has the weights."""
 
     def sensitivity(self) -> Sensitivity:
         """What readers notice, by the sample's references."""
@@ -140,12 +176,13 @@ def build_bank(options: BankConfig, comm: Any, load: Callable[[Path], LoadedMode
     """
     with agree(comm):
         job = BankJob.open(options, load)
+        if comm.rank == 0:
+            check_space(measure_space(job.planned_settings(), job.key, job.folder,
+                                      codec_shared=options.codec_shared))
     folder = _open_folder(job, comm)
     codec = _prepare_codec(job, comm, folder)
-    settings = job.settings(codec)
+    settings = job.settings(codec.name, codec.token_bytes)
     missing = _find_missing(comm, folder, settings.num_blocks)
-    num_missing = sum(len(settings.block(index)) for index in missing)
-    _check_space(comm, folder.folder, num_missing * settings.record.record_bytes)
     _write_blocks(job, comm, folder, codec, settings, missing)
     if comm.rank:
         return None
@@ -157,15 +194,12 @@ def build_bank(options: BankConfig, comm: Any, load: Callable[[Path], LoadedMode
 
 def _open_folder(job: BankJob, comm: Any) -> ShardFolder:
     """The bank's folder, begun by rank 0 and cleared of what killed processes left half-written."""
-    output = Path(job.options.output)
     with agree(comm):
         if comm.rank == 0:
-            if output.exists() and not output.is_dir():
-                raise ArtifactError(f"{output}: is a file; choose another folder")
-            ShardFolder(output, job.key)
-            for left in output.glob("**/.*.tmp"):
+            ShardFolder(job.folder, job.key)
+            for left in job.folder.glob("**/.*.tmp"):
                 left.unlink()
-    return ShardFolder(output, job.key)
+    return ShardFolder(job.folder, job.key)
 
 
 def _prepare_codec(job: BankJob, comm: Any, folder: ShardFolder) -> Codec:
@@ -216,14 +250,6 @@ def _find_missing(comm: Any, folder: ShardFolder, num_blocks: int) -> list[int]:
     with agree(comm):
         mine.extend(index for index in range(comm.rank, num_blocks, comm.size) if not folder.done(index, checksum=True))
     return sorted(itertools.chain.from_iterable(comm.allgather(mine)))
-
-
-def _check_space(comm: Any, folder: Path, needed: int) -> None:
-    with agree(comm):
-        free = shutil.disk_usage(folder).free
-        if comm.rank == 0 and needed > free:
-            raise M3Error(f"{folder}: no disk space: {needed:,} bytes needed, {free:,} free; free space or choose "
-                          "another folder")
 
 
 def _write_blocks(

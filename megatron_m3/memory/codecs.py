@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ from megatron_m3.memory.codec import KIND, SCHEMA, Codec, Dtype, SeparateCodec, 
 from megatron_m3.memory.joint_codec import JointCodec
 from megatron_m3.memory.sensitivity import Sensitivity
 from megatron_m3.memory.types import ExplicitMemories
-from megatron_m3.ops.codec import FaissVectors, vectors_needed
+from megatron_m3.ops.codec import FaissVectors, codebook_bytes, vectors_needed
 from megatron_m3.ops.codec.reference import make_index
 
 JOINT = re.compile(r"KLT([1-9]\d*)")
 VECTORS_PER_NUMBER = 2
 """Fewest kept tokens to train KLT on, for each number of a key and value."""
+
+LEVEL_NUMBERS = 9 * 256
+"""Numbers that a KLT codec's levels take."""
 
 
 def load_codec(folder: Path, held_LG: Tensor | None = None) -> tuple[Codec, str]:
@@ -48,20 +52,64 @@ def check_codec(name: str, head_size: int) -> None:
         token_bytes(name, head_size)
 
 
-def token_bytes(name: str, head_size: int) -> int:
-    """Bytes of the key and the value of one kept token with the codec ``name``, other than auto; none is bf16 numbers.
+def token_bytes(name: str, head_size: int, dtype: Dtype = "bf16") -> int:
+    """Bytes of the key and the value of one kept token with the codec ``name``, other than auto; none is ``dtype``.
 
     Raises:
         ConfigError: there is no such codec.
     """
     if name == "none":
-        return 4 * head_size
+        return 2 * head_size * (4 if dtype == "fp32" else 2)
     joint = JOINT.fullmatch(name)
     if joint is None:
         return 2 * int(make_index(name, head_size).sa_code_size())
     if int(joint[1]) > 2 * head_size:
         raise ConfigError(f"codec={name}: takes at most {2 * head_size} bytes for head size {head_size}")
     return int(joint[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSize:
+    """How much there is to train a codec on."""
+
+    references: int
+    kept_tokens: int
+    """Of all references together, in one head of one layer."""
+    num_lists: int
+    """Heads that hold memory, those of all memory layers."""
+
+
+def resolve_codec(name: str, head_size: int, sample: SampleSize) -> str:
+    """The codec that ``name`` stands for: auto is what the sample allows, others are themselves.
+
+    Raises:
+        ConfigError: the sample is too small for it, or there is none of that name.
+    """
+    if name == "none":
+        return name
+    vectors = sample.kept_tokens * sample.num_lists
+    if name == "auto":
+        name = choose_factory(head_size, vectors)
+    token_bytes(name, head_size)
+    if JOINT.fullmatch(name):
+        needed, count, what = VECTORS_PER_NUMBER * 2 * head_size, sample.kept_tokens, "kept tokens"
+    else:
+        needed, count, what = vectors_needed(name), vectors, "keys"
+    if count < needed:
+        raise ConfigError(
+            f"codec={name}: needs {needed:,} {what} to train on, the sample of {sample.references:,} references "
+            f"has {count:,}; give a larger codec_sample, more references, or codec=auto"
+        )
+    return name
+
+
+def codec_file_bytes(name: str, head_size: int, num_lists: int, *, shared: bool = False) -> int:
+    """About the bytes of a trained codec on disk."""
+    if name == "none":
+        return 0
+    if JOINT.fullmatch(name):
+        return 4 * (num_lists * (2 * (2 * head_size) ** 2 + 2 * head_size) + LEVEL_NUMBERS)
+    return (1 if shared else 2) * codebook_bytes(name, head_size)
 
 
 def train_codec(
@@ -86,31 +134,18 @@ def train_codec(
         return SeparateCodec.none(head_size, dtype, held_LG)
     if held_LG is None:
         held_LG = torch.ones(sample.positions.shape[1:3], dtype=torch.bool)
-    kept = int(sample.num_kept.sum())
-    count = kept * int(held_LG.sum())
-    if name == "auto":
-        name = choose_factory(head_size, count)
-    size = token_bytes(name, head_size)
+    name = resolve_codec(name, head_size, SampleSize(
+        references=len(sample), kept_tokens=int(sample.num_kept.sum()), num_lists=int(held_LG.sum())))
     check_finite(sample)
     if JOINT.fullmatch(name):
-        _check_sample(name, sample, kept, VECTORS_PER_NUMBER * 2 * head_size, "kept tokens")
         assert sensitivity is not None, "KLT needs to know what readers notice"
-        return JointCodec.train(size, sample, sensitivity(), held_LG)
-    _check_sample(name, sample, count, vectors_needed(name), "keys")
+        return JointCodec.train(token_bytes(name, head_size), sample, sensitivity(), held_LG)
     key, value = sample.vectors(0, held_LG), sample.vectors(1, held_LG)
     if shared:
         trained = [FaissVectors.train(name, np.concatenate([key, value]))] * 2
     else:
         trained = [FaissVectors.train(name, key), FaissVectors.train(name, value)]
     return SeparateCodec(name=name, head_size=head_size, held_LG=held_LG, dtype=dtype, key=trained[0], value=trained[1])
-
-
-def _check_sample(name: str, sample: ExplicitMemories, count: int, needed: int, what: str) -> None:
-    if count < needed:
-        raise ConfigError(
-            f"codec={name}: needs {needed:,} {what} to train on, the sample of {len(sample):,} references "
-            f"has {count:,}; give a larger codec_sample, more references, or codec=auto"
-        )
 
 
 def choose_factory(head_size: int, num_vectors: int) -> str:

@@ -37,19 +37,25 @@ FOLDER = re.compile(r"step_\d{7,}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A model read from a checkpoint, with all that belongs to it."""
+class ModelDescription:
+    """What a checkpoint says of its model, without the weights."""
 
-    model: "GPTModel"
-    """The weights of this process, in evaluation mode."""
     config: Config
-    """Settings it was trained with; parallel and dtype are those it was loaded with."""
+    """Settings it was trained with; of a loaded model, parallel and dtype are those it was loaded with."""
     tokenizer: "Tokenizer"
     """The tokenizer it was trained with."""
     weights_hash: str
     """Fingerprint of the weights as they stand on disk; memory banks name their model by it."""
     prefix_ids: list[int]
     """Token ids of the prefix, its BOS included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel(ModelDescription):
+    """A model read from a checkpoint, with all that belongs to it."""
+
+    model: "GPTModel"
+    """The weights of this process, in evaluation mode."""
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:
@@ -210,6 +216,26 @@ def check_same_model(folder: Path, config: Config) -> None:
             raise ConfigError(f"model.{name}={value}: the checkpoint {folder} has {stored.get(name)}; make them equal")
 
 
+def _newest(folder: Path) -> Path:
+    """The checkpoint that a folder is, or the newest one of the run that it is."""
+    return (list_checkpoints(Path(folder)) or [Path(folder)])[-1]
+
+
+def describe_model(folder: Path) -> ModelDescription:
+    """What a checkpoint, or a run's newest one, says of its model; no weights are read.
+
+    Raises:
+        ArtifactError: no checkpoint there, or a damaged one.
+    """
+    from megatron_m3.tokenizer import Tokenizer
+
+    folder = _newest(folder)
+    settings, tokenizer = read_checkpoint(folder).settings, Tokenizer.load(folder / "tokenizer")
+    config = from_dict(Config, settings["config"])
+    return ModelDescription(config=config, tokenizer=tokenizer, weights_hash=settings["weights_hash"],
+                            prefix_ids=tokenizer.prefix_ids(config.memory.prefix))
+
+
 def load_model(folder: Path, *, tensor: int = 1, pipeline: int = 1,
                dtype: Literal["fp32", "bf16"] | None = None) -> LoadedModel:
     """Read a model for inference on ``tensor`` processes, whatever layout it was trained with.
@@ -233,7 +259,7 @@ def load_model(folder: Path, *, tensor: int = 1, pipeline: int = 1,
     from megatron_m3.platform.distributed import initialize_parallel
     from megatron_m3.tokenizer import Tokenizer
 
-    folder = (list_checkpoints(Path(folder)) or [Path(folder)])[-1]
+    folder = _newest(folder)
     settings = read_checkpoint(folder).settings
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     config = from_dict(Config, settings["config"])

@@ -238,3 +238,19 @@ def test_a_full_disk_stops_all_ranks(inputs, tmp_path):
     assert "free space" in done.stderr
     assert not list(tmp_path.glob("bank/*shard_*"))
     assert not (tmp_path / "bank" / "manifest.json").exists()
+
+
+def test_a_disk_too_small_is_told_once_and_left_empty(inputs, tmp_path):
+    """On a real disk of 64 KiB; skipped where a process may not mount one."""
+    disk, small = tmp_path / "disk", ["unshare", "--map-root-user", "--mount", "bash", "-c"]
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=64k none {disk}"
+    if subprocess.run([*small, mount], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small disk")
+    job = " ".join(command(inputs, disk / "bank", 2, *JOB))
+    done = run_command([*small, f"{mount}; {job}; status=$?; ls -A {disk}; exit $status"], timeout=120, expect=2)
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert "still to be written, 65,536 are free" in lines[0]
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr

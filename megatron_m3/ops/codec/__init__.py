@@ -4,7 +4,8 @@ from megatron_m3.ops.codec.reference import (
     FaissVectors,
     RawVectors,
     VectorCodec,
+    codebook_bytes,
     vectors_needed,
 )
 
-__all__ = ["FaissVectors", "RawVectors", "VectorCodec", "vectors_needed"]
+__all__ = ["FaissVectors", "RawVectors", "VectorCodec", "codebook_bytes", "vectors_needed"]

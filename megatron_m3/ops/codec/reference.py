@@ -130,6 +130,23 @@ def vectors_needed(factory: str) -> int:
     return POINTS_PER_CENTROID * centroids if centroids > 1 else 1
 
 
+def codebook_bytes(factory: str, head_size: int) -> int:
+    """About the bytes of a trained codec by its factory string: rotations and codebooks, fp32."""
+    numbers = 0
+    for part in factory.split(","):
+        name, sizes = re.match(r"([A-Za-z]*)([\dx_]*)", part).groups()  # type: ignore[union-attr]
+        count, _, bits = sizes.partition("x")
+        if name.endswith(("RQ", "LSQ")):
+            numbers += int(count or 1) * 2 ** int(bits or 8) * head_size
+        elif name == "Residual" and not bits:
+            numbers += int(count or 1) * head_size
+        elif name in ("PQ", "Residual"):  # products: a codebook for each part of a vector
+            numbers += 2 ** int(bits or 8) * head_size
+        else:
+            numbers += 2 * head_size if name.startswith("SQ") else head_size**2
+    return 4 * numbers
+
+
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     import faiss
