@@ -18,7 +18,7 @@ from ckpt_convert.sources import Source
 from megatron_m3.config import Config, from_dict
 from megatron_m3.errors import ArtifactError
 from megatron_m3.manifest import check_files
-from megatron_m3.model.checkpoint import list_checkpoints, read_checkpoint
+from megatron_m3.model.checkpoint import newest_checkpoint, read_checkpoint
 
 
 class CheckpointSource(Source):
@@ -30,7 +30,7 @@ class CheckpointSource(Source):
         Raises:
             ArtifactError: no checkpoint, or a damaged one.
         """
-        self.path = (list_checkpoints(path) or [path])[-1]
+        self.path = newest_checkpoint(path)
         self.manifest = read_checkpoint(self.path)
         check_files(self.path, self.manifest, checksums=checksums, mend="take another checkpoint")
         self.config = from_dict(Config, self.manifest.settings["config"])

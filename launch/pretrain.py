@@ -54,9 +54,9 @@ def _with_model_of(start: Path, output: Path, base: Config) -> Config:
 
     A run that goes on needs what it started from no more.
     """
-    from megatron_m3.model.checkpoint import list_checkpoints, read_checkpoint
+    from megatron_m3.model.checkpoint import list_checkpoints, newest_checkpoint, read_checkpoint
 
-    newest = (list_checkpoints(output) or list_checkpoints(start) or [start])[-1]
+    newest = (list_checkpoints(output) or [newest_checkpoint(start)])[-1]
     stored = read_checkpoint(newest).settings["config"]["model"]
     kept = {name: value for name, value in stored.items() if name not in ("attention", "init_std")}
     return from_dict(Config, to_dict(base) | {"model": to_dict(base.model) | kept})

@@ -105,11 +105,11 @@ class CachePlan:
         """What to add to the scores of one step, [B, 1, 1, T], in memory layers and in others; None adds nothing."""
         prefix, slots, longest = self.shape.prefix_length, self.shape.num_slots, max(self.lengths)
         same_length = min(self.lengths) == longest
-        used_BT = self.mask_BT[:, None, None, : prefix + slots + longest]
-        memory = None if same_length and self.all_slots_valid else used_BT
+        self.used_B11T = self.mask_BT[:, None, None, : prefix + slots + longest]
+        memory = None if same_length and self.all_slots_valid else self.used_B11T
         if same_length or not slots:
-            return memory, None if same_length else used_BT
-        return memory, torch.cat([used_BT[..., :prefix], used_BT[..., prefix + slots :]], -1)
+            return memory, None if same_length else self.used_B11T
+        return memory, torch.cat([self.used_B11T[..., :prefix], self.used_B11T[..., prefix + slots :]], -1)
 
     def _mask(self, layer: int) -> Tensor | None:
         """What one step adds to the scores in ``layer``, [B, 1 or G, 1, T]; None adds nothing."""
@@ -119,8 +119,7 @@ class CachePlan:
         if heads_G is None:
             return self.memory_mask
         prefix, slots = self.shape.prefix_length, self.shape.num_slots
-        mask_B11T = self.mask_BT[:, None, None, : prefix + slots + max(self.lengths)]
-        mask_BG1T = mask_B11T.repeat(1, self.shape.num_kv_heads, 1, 1)
+        mask_BG1T = self.used_B11T.repeat(1, self.shape.num_kv_heads, 1, 1)
         mask_BG1T[:, ~heads_G.to(mask_BG1T.device), :, prefix : prefix + slots] = float("-inf")
         return mask_BG1T
 

@@ -43,7 +43,12 @@ class SampleReport:
 
     def is_within(self, tolerance: float) -> bool:
         """Whether all are the same, or at least keep the same tokens, with errors of at most ``tolerance``."""
-        return not self.different or (not self.other_tokens and 0 < tolerance >= self.largest_error)
+        return not self.different or _is_accepted(self.other_tokens, self.largest_error, tolerance)
+
+
+def _is_accepted(other_tokens: int, error: float, tolerance: float) -> bool:
+    """Whether records that differ in some bits are accepted nevertheless."""
+    return not other_tokens and 0 < tolerance >= error
 
 
 def draw_sample(count: int, total: int, seed: int) -> np.ndarray:
@@ -117,7 +122,7 @@ class _Difference:
     error: float
 
     def matters(self, tolerance: float) -> bool:
-        return self.lists > 0 and (self.other_tokens > 0 or not 0 < tolerance >= self.error)
+        return self.lists > 0 and not _is_accepted(self.other_tokens, self.error, tolerance)
 
 
 def _compare(bank: MemoryBank, ids: np.ndarray, fresh: ExplicitMemories) -> list[_Difference]:

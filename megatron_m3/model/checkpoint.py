@@ -76,6 +76,11 @@ def list_checkpoints(output: Path, *, good: bool = False) -> list[Path]:
     return [path for path in found if not good or read_checkpoint(path).settings["good"]]
 
 
+def newest_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a folder is, or the newest one of the run that it is."""
+    return (list_checkpoints(folder) or [Path(folder)])[-1]
+
+
 def read_checkpoint(folder: Path) -> Manifest:
     """The manifest of a checkpoint, its files' sizes checked.
 
@@ -216,11 +221,6 @@ def check_same_model(folder: Path, config: Config) -> None:
             raise ConfigError(f"model.{name}={value}: the checkpoint {folder} has {stored.get(name)}; make them equal")
 
 
-def _newest(folder: Path) -> Path:
-    """The checkpoint that a folder is, or the newest one of the run that it is."""
-    return (list_checkpoints(Path(folder)) or [Path(folder)])[-1]
-
-
 def describe_model(folder: Path) -> ModelDescription:
     """What a checkpoint, or a run's newest one, says of its model; no weights are read.
 
@@ -229,7 +229,7 @@ def describe_model(folder: Path) -> ModelDescription:
     """
     from megatron_m3.tokenizer import Tokenizer
 
-    folder = _newest(folder)
+    folder = newest_checkpoint(folder)
     settings, tokenizer = read_checkpoint(folder).settings, Tokenizer.load(folder / "tokenizer")
     config = from_dict(Config, settings["config"])
     return ModelDescription(config=config, tokenizer=tokenizer, weights_hash=settings["weights_hash"],
@@ -259,7 +259,7 @@ def load_model(folder: Path, *, tensor: int = 1, pipeline: int = 1,
     from megatron_m3.platform.distributed import initialize_parallel
     from megatron_m3.tokenizer import Tokenizer
 
-    folder = _newest(folder)
+    folder = newest_checkpoint(folder)
     settings = read_checkpoint(folder).settings
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     config = from_dict(Config, settings["config"])

@@ -22,6 +22,7 @@ from megatron_m3.model.checkpoint import (
     checkpoint_folder,
     checkpoint_step,
     list_checkpoints,
+    newest_checkpoint,
     remove_checkpoint,
     remove_checkpoints,
 )
@@ -138,8 +139,7 @@ class Loop:
                 "that begins so learns to ignore its memories; give it a warmup checkpoint")
 
     def _initial_checkpoint(self) -> Path:
-        folder = Path(self.config.training.init_from)
-        return (list_checkpoints(folder) or [folder])[-1]
+        return newest_checkpoint(Path(self.config.training.init_from))
 
     def run(self) -> Summary:
         """Train until all steps are done or someone asks to leave."""

@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 
+from tests.unit.ops.test_memory_attention import assert_close, assert_error_at_most_twice, run
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and pytest -m gpu"),
@@ -27,13 +29,6 @@ TRITON_SIZES = [
 CASES = [*itertools.product(["torch", "triton"], SIZES), *itertools.product(["triton"], TRITON_SIZES)]
 
 
-def run(backend, size, tensors, valid, grad):
-    _, prefix, _, length, _, _, window, *_ = size
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    out = backend.memory_attention(*leaves, valid, prefix_length=prefix, chunk_length=length, window=window)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
 def inputs(size, dtype):
     B, P, S, _, C, M, _, H, G, D = size
     torch.manual_seed(0)
@@ -54,15 +49,9 @@ def poisoned_outputs():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("backend", "size"), CASES)
 def test_error_is_at_most_twice_that_of_the_plain_version(backend, size, dtype, poisoned_outputs):
-    from megatron_m3.ops.memory_attention import get_backend, reference
+    from megatron_m3.ops.memory_attention import get_backend
 
-    tensors, valid, grad = inputs(size, dtype)
-    exact = run(reference, size, [tensor.double() for tensor in tensors], valid, grad.double())
-    plain = run(reference, size, tensors, valid, grad)
-    for fast, slow, truth in zip(run(get_backend(backend), size, tensors, valid, grad), plain, exact, strict=True):
-        if truth.numel():
-            floor = 8 * torch.finfo(dtype).eps * truth.abs().max()
-            assert (fast.double() - truth).abs().max() <= 2 * (slow.double() - truth).abs().max() + floor
+    assert_close(get_backend(backend), size, dtype, *inputs(size, dtype))
 
 
 @pytest.mark.parametrize("size", [SIZES[1], (4, *SIZES[1][1:])])
@@ -87,9 +76,7 @@ def test_reference_attention_and_its_gradients(backend, dtype):
         leaves = [tensor.to(dtype).to(kind).requires_grad_() for tensor in tensors]
         out = function.reference_attention(*leaves)
         results.append([out, *torch.autograd.grad(out, leaves, grad.to(dtype).to(kind))])
-    for fast, slow, truth in zip(*results, strict=True):
-        floor = 8 * torch.finfo(dtype).eps * truth.abs().max()
-        assert (fast.double() - truth).abs().max() <= 2 * (slow.double() - truth).abs().max() + floor
+    assert_error_at_most_twice(*results, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

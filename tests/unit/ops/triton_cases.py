@@ -10,7 +10,7 @@ import torch
 
 from megatron_m3.errors import UnsupportedError
 from megatron_m3.ops.memory_attention import reference, triton_backend, triton_tiles
-from tests.unit.ops.test_memory_attention import random_inputs, run
+from tests.unit.ops.test_memory_attention import assert_close, random_inputs, run
 
 SMALL = {"forward": triton_tiles.Tile(32, 16, 16, 4, 1), "query": triton_tiles.Tile(16, 32, 16, 4, 1),
          "key": triton_tiles.Tile(16, 32, 16, 4, 1)}
@@ -42,33 +42,22 @@ def small_tiles_and_poisoned_outputs(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def assert_close(size, dtype, valid, tensors, grad, error=8.0):
-    exact = run(reference, size, [tensor.double() for tensor in tensors], valid, grad.double())
-    plain = run(reference, size, tensors, valid, grad)
-    for fast, slow, truth in zip(run(triton_backend, size, tensors, valid, grad), plain, exact, strict=True):
-        if truth.numel():
-            floor = error * torch.finfo(dtype).eps * truth.abs().max()
-            assert (fast.double() - truth).abs().max() <= 2 * (slow.double() - truth).abs().max() + floor
-
-
 @pytest.mark.parametrize(("size", "dtype"), CASES)
 def test_error_is_at_most_twice_that_of_the_plain_version(size, dtype):
-    tensors, valid, grad = random_inputs(size, dtype)
-    assert_close(size, dtype, valid, tensors, grad)
+    assert_close(triton_backend, size, dtype, *random_inputs(size, dtype))
 
 
 @pytest.mark.parametrize("few", [0, 10**9])
 def test_query_heads_are_summed_in_a_program_or_afterwards(few, monkeypatch):
     monkeypatch.setattr(triton_backend, "FEW_PROGRAMS", few)
-    tensors, valid, grad = random_inputs(SMALLEST, torch.float32)
-    assert_close(SMALLEST, torch.float32, valid, tensors, grad)
+    assert_close(triton_backend, SMALLEST, torch.float32, *random_inputs(SMALLEST, torch.float32))
 
 
 def test_slots_may_be_valid_for_some_heads_only():
     size = SMALLEST
     tensors, valid, grad = random_inputs(size, torch.float32)
     by_head = valid[..., None] & (torch.rand(*valid.shape, size[8], generator=torch.Generator().manual_seed(2)) < 0.5)
-    assert_close(size, torch.float32, by_head, tensors, grad)
+    assert_close(triton_backend, size, torch.float32, tensors, by_head, grad)
 
 
 def test_rows_may_lie_apart():
