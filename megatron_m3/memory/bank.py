@@ -5,9 +5,6 @@ manifest that names the model, the tokenizer and the references by hash. Referen
 of shard ``id // block_size``.
 """
 
-import functools
-import operator
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,12 +19,11 @@ from megatron_m3.manifest import BlockFolder, Manifest, check_files, check_input
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.codecs import load_codec
 from megatron_m3.memory.record import RecordLayout
+from megatron_m3.memory.storage import LocalStorage, Storage
 from megatron_m3.memory.types import ExplicitMemories, held_lists
 
 KIND, SCHEMA = "bank", 2
 CODEC = "codec"
-OPEN_SHARDS = 256
-"""Most shards open at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +107,7 @@ class MemoryBank:
         self.folder, self.manifest, self.settings, self.codec = folder, manifest, settings, codec
         self.hash, self.record = manifest.hash, settings.record
         self.codec_name, self.record_bytes = settings.codec, settings.record.record_bytes
-        self._shard = functools.lru_cache(OPEN_SHARDS)(lambda index: _Shard(self.folder / shard_name(index)))
+        self.storage: Storage = LocalStorage(folder)
 
     @classmethod
     def open(
@@ -189,9 +185,8 @@ class MemoryBank:
         damaged = self.record.damaged_rows(codes, tail, kv_heads)
         if damaged:
             id = int(ids[damaged[0]])
-            path = self.folder / shard_name(id // self.settings.block_size)
-            raise ArtifactError(f"{path}: the record of reference {id} is damaged; run `m3 bank build` "
-                                "into the folder again, it writes damaged shards anew")
+            raise ArtifactError(f"{self.folder / self._place(id)[0]}: the record of reference {id} is damaged; "
+                                "run `m3 bank build` into the folder again, it writes damaged shards anew")
         return codes, tail
 
     def _read_bytes(self, ids: np.ndarray, place: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -201,32 +196,15 @@ class MemoryBank:
         tail = np.empty((len(ids), record.tail_bytes), np.uint8)
         is_whole = codes.shape[1] == record.codes_bytes
         for row, id in enumerate(ids.tolist()):
-            shard = self._shard(id // self.settings.block_size)
-            offset = id % self.settings.block_size * record.record_bytes
+            name, offset = self._place(id)
             if is_whole:
-                shard.read([codes[row], tail[row]], offset)
+                self.storage.read(name, offset, [codes[row], tail[row]])
             else:
-                shard.read([codes[row]], offset + place.start)
-                shard.read([tail[row]], offset + record.codes_bytes)
+                self.storage.read(name, offset + place.start, [codes[row]])
+                self.storage.read(name, offset + record.codes_bytes, [tail[row]])
         return codes, tail
 
-
-class _Shard:
-    """One open shard."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise ArtifactError(f"{path}: {error.strerror}; build the bank again") from None
-
-    def read(self, buffers: list[np.ndarray], offset: int) -> None:
-        """Fill ``buffers`` from ``offset`` on."""
-        wanted = sum(map(operator.attrgetter("nbytes"), buffers))
-        if os.preadv(self.descriptor, buffers, offset) != wanted:
-            raise ArtifactError(f"{self.path}: cut short; run `m3 bank build` into the folder again")
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+    def _place(self, id: int) -> tuple[str, int]:
+        """The file that holds the record of a reference, and the byte at which it begins."""
+        block_size = self.settings.block_size
+        return shard_name(id // block_size), id % block_size * self.record_bytes
