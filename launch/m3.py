@@ -29,6 +29,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         _job("data wordnet", "data_tools.wordnet", "the demo's texts, from the WordNet glosses in data_tools/corpus"),
         _job("data lessons", "data_tools.lessons", "texts that teach a model to read memories, and lines to score"),
         _job("data plain-text", "data_tools.plain_text", "dictionaries, handbooks and manuals beside the lessons"),
+        _job("data passages", "data_tools.passages", "lines to score from any text: its passages as memories"),
         _job("data tokenizer", "data_tools.tokenizer", "train a byte-level BPE tokenizer on a corpus"),
         _job("data tokenize", "data_tools.tokenize", "corpus (JSONL, txt, parquet) to Megatron .bin/.idx"),
         _job("data references", "data_tools.references", "cut a corpus into references: the knowledge base"),
@@ -44,6 +45,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
     "Memory": (
         _job("memory rank-layers", "launch.rank_layers", "which layers and heads read memories with the most gain"),
         _job("memory frontier", "launch.frontier", "loss against bytes per reference, for many memory settings"),
+        _job("memory codecs", "launch.codecs", "what codecs cost, in errors and in loss, against their bytes"),
         _job("bank build", "launch.build_bank", "write the memory bank of a checkpoint (run it under mpiexec)"),
         _job("bank inspect", "launch.inspect_bank", "show what a bank holds, or one reference's memory"),
         _job("bank verify", "launch.verify_bank", "check every checksum of a bank, and a sample against its model"),

@@ -96,7 +96,7 @@ def score(options: ScoreOptions) -> dict[str, Any]:
         examples = exchange_references(examples, options.seed)
     scorer = Scorer(loaded, options.mode, batch_tokens=options.batch_tokens)
     if reads_references and options.codec != "none":
-        scorer.train_codec(options.codec, examples, options.seed)
+        scorer.train_codec(options.codec, scorer.draw_sample(examples, options.seed))
     with Progress("score", len(examples), "lines") as progress:
         scores = scorer.score(examples, progress.advance)
     with atomic_path(Path(options.output)) as path:

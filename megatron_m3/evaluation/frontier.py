@@ -16,8 +16,8 @@ from typing import Any, Self
 from megatron_m3.config import Config, replace_fields
 from megatron_m3.errors import ConfigError, DataError
 from megatron_m3.evaluation.examples import Example, exchange_references
-from megatron_m3.evaluation.scoring import Mode, Scorer, distinct_references, encode_texts
-from megatron_m3.memory import ExplicitMemories
+from megatron_m3.evaluation.scoring import CodecSample, Mode, Scorer, distinct_references, encode_texts
+from megatron_m3.memory import Codec, ExplicitMemories
 from megatron_m3.memory.codecs import token_bytes
 from megatron_m3.memory.record import record_bytes
 from megatron_m3.model.checkpoint import LoadedModel
@@ -126,7 +126,7 @@ class Frontier:
         self.scorers = {
             point: Scorer(replace(loaded, config=point.config(loaded.config)), point.mode) for point in points
         }
-        self.trained: set[Point] = set()
+        self.samples: dict[tuple[tuple[str, str], ...], CodecSample] = {}
 
     def blocks(self) -> list[range]:
         """Places of the lines of each block."""
@@ -159,7 +159,7 @@ class Frontier:
     ) -> None:
         """Score some lines in every one of ``points``, which read the same references."""
         for point in points:
-            self._train_codec(point)
+            self.codec(point)
         sums: dict[Point, dict[int, float]] = {point: {} for point in points}
         readers = [point for point in points if self.scorers[point].reads_memories]
         if readers:
@@ -182,12 +182,16 @@ class Frontier:
         by_settings = dict(zip(configs, variants, strict=True))
         return [by_settings[point.memory] for point in points]
 
-    def _train_codec(self, point: Point) -> None:
-        if point.codec != "none" and point not in self.trained:
+    def codec(self, point: Point) -> Codec | None:
+        """The codec through which a point reads memories, trained when first asked for; None for the codec none."""
+        scorer = self.scorers[point]
+        if point.codec != "none" and scorer.codec is None:
             with Progress(f"{point.name}: train", 1, "codec") as progress:
-                self.scorers[point].train_codec(point.codec, self.calibration, self.seed)
+                if point.memory not in self.samples:
+                    self.samples[point.memory] = scorer.draw_sample(self.calibration, self.seed)
+                scorer.train_codec(point.codec, self.samples[point.memory])
                 progress.advance()
-            self.trained.add(point)
+        return scorer.codec
 
     def _row(self, point: Point, block: range, nll: list[float], examples: Sequence[Example]) -> dict[str, Any]:
         scorer = self.scorers[point]

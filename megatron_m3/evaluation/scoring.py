@@ -24,6 +24,7 @@ from megatron_m3.memory import (
     measure_sensitivity,
     train_codec,
 )
+from megatron_m3.memory.sensitivity import Sensitivity
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.layout import trunk_positions
 from megatron_m3.model.rope import Rope
@@ -123,8 +124,13 @@ class Scorer:
         return batches(costs, self.batch_tokens)
 
     @torch.inference_mode()
-    def score_batch(self, examples: Sequence[Example], memories: ExplicitMemories | None = None) -> list[Score]:
+    def score_batch(
+        self, examples: Sequence[Example], memories: ExplicitMemories | None = None, *,
+        plan: Callable[..., ReadingPlan] = ReadingPlan,
+    ) -> list[Score]:
         """The scores of one batch; ``memories``, if given, are those of its :func:`distinct_references`, uncompressed.
+
+        ``plan`` makes the pass's plan, from the arguments of :class:`ReadingPlan`.
 
         Raises:
             M3Error: a loss that is not finite.
@@ -133,7 +139,7 @@ class Scorer:
         whole = [[*prefix, *self.tokens_of(one)] for one in examples]
         questions = Questions.of(examples, whole, self.loaded.tokenizer.eos_id, self.device)
         num_context = questions.tokens_BS.shape[1] - len(prefix)
-        plan = ReadingPlan(
+        reading = plan(
             self.rope,
             trunk_positions(len(prefix), self.config.memory.reference_length, num_context).to(self.device),
             prefix_length=len(prefix),
@@ -141,7 +147,7 @@ class Scorer:
             backend=self.config.model.attention,
         )
         loss_N = losses_at(
-            self.loaded.model, questions.tokens_BS, plan, questions.rows_N, questions.columns_N, questions.labels_N,
+            self.loaded.model, questions.tokens_BS, reading, questions.rows_N, questions.columns_N, questions.labels_N,
             self.config.model.vocab_size,
         )
         return [
@@ -156,26 +162,40 @@ class Scorer:
             memories = self.codec.round_trip(memories)
         return memories_of_lines(self.config, examples, memories, self.device)
 
-    def train_codec(self, factory: str, examples: Sequence[Example], seed: int) -> None:
-        """Train a codec on the memories of the examples' own references, or of a uniform sample where there are many.
+    def draw_sample(self, examples: Sequence[Example], seed: int) -> "CodecSample":
+        """Memories of the examples' own references, or of a uniform sample where there are many."""
+        distinct = sorted(distinct_references(examples))
+        num_lists = sum(map(len, self.config.memory_heads.values()))
+        count = min(len(distinct), max(1, CODEC_VECTORS // (num_lists * self.config.memory.num_kept_tokens)))
+        sample = np.random.default_rng(seed).choice(len(distinct), count, replace=False)
+        drawn = [distinct[place] for place in np.sort(sample)]
+        return CodecSample(self.loaded, drawn, encode_texts(self.loaded, drawn, [self.config])[0])
 
-        From then on memories are read as a bank with this codec gives them back.
+    def train_codec(self, factory: str, sample: "CodecSample") -> None:
+        """Train a codec; from then on memories are read as a bank with this codec gives them back.
 
         Raises:
             ConfigError: not a codec, or too few references to train it.
         """
-        distinct = sorted(distinct_references(examples))
-        model, memory = self.config.model, self.config.memory
-        held_LG = held_lists(self.config.memory_heads, model.num_kv_heads)
-        count = min(len(distinct), max(1, CODEC_VECTORS // (int(held_LG.sum()) * memory.num_kept_tokens)))
-        sample = np.random.default_rng(seed).choice(len(distinct), count, replace=False)
-        drawn = [distinct[place] for place in np.sort(sample)]
-        memories = encode_texts(self.loaded, drawn, [self.config])[0]
+        held_LG = held_lists(self.config.memory_heads, self.config.model.num_kv_heads)
         try:
-            self.codec = train_codec(factory, memories, held_LG=held_LG,
-                                     sensitivity=lambda: measure_sensitivity(self.loaded, drawn))
+            self.codec = train_codec(factory, sample.memories, held_LG=held_LG, sensitivity=sample.sensitivity)
         except ConfigError as error:
             reason, given, _ = str(error).partition("; give a larger codec_sample")
             if not given:
                 raise
             raise ConfigError(f"{reason}; give more references in --input, a smaller codec, or auto") from None
+
+
+class CodecSample:
+    """What codecs are trained on."""
+
+    def __init__(self, loaded: LoadedModel, references: Sequence[Sequence[int]], memories: ExplicitMemories) -> None:
+        self.loaded, self.references, self.memories = loaded, references, memories
+        self._sensitivity: Sensitivity | None = None
+
+    def sensitivity(self) -> Sensitivity:
+        """What readers notice, measured when first asked for."""
+        if self._sensitivity is None:
+            self._sensitivity = measure_sensitivity(self.loaded, self.references)
+        return self._sensitivity

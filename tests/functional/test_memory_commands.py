@@ -67,6 +67,23 @@ def test_a_frontier_is_a_table_and_a_picture_and_goes_on(paths, tmp_path, capsys
     assert len(after.splitlines()) == 4
 
 
+def test_codecs_are_a_table_and_a_picture_and_go_on(paths, tmp_path, capsys):
+    words = ["memory", "codecs", "--checkpoint", paths["run"], "--input", paths["in"], "--calibration", paths["in"],
+             "--output", tmp_path / "codecs.jsonl", "--plot", tmp_path / "codecs.png", "--memory", "layers=1,tokens=2",
+             "--error-lines", 3]  # fmt: skip
+    table = run(capsys, *words, "--codecs", "SQ8 SQ4").splitlines()
+    assert [line.split()[:2] for line in table[1:]] == [["SQ4", "8"], ["SQ8", "16"], ["none", "32"]]
+    assert table[-1].split()[2:5] == ["0.0000"] * 3
+    assert (tmp_path / "codecs.png").read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "codecs.jsonl").read_text()
+    results = json.loads(run(capsys, *words, "--codecs", "SQ8 SQ4 SQ6", "--json"))
+    assert (tmp_path / "codecs.jsonl").read_text().startswith(before)
+    assert [one["codec"] for one in results] == ["SQ4", "SQ6", "SQ8", "none"]
+    exact = results[-1]["nats_per_token"]
+    assert all(one["cost"] == pytest.approx(one["nats_per_token"] - exact, abs=1e-4) for one in results[:-1])
+    assert results[0]["outputs"] > results[1]["outputs"] > results[2]["outputs"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [

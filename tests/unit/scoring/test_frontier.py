@@ -77,7 +77,7 @@ def test_losses_are_those_of_scoring_each_point_alone(loaded, lines, tmp_path, m
     for point, result in zip(one.points, found, strict=True):
         scorer = Scorer(dataclasses.replace(loaded, config=point.config(loaded.config)), point.mode)
         if point.codec != "none":
-            scorer.train_codec(point.codec, lines, 5)
+            scorer.train_codec(point.codec, scorer.draw_sample(lines, 5))
         scores = scorer.score(exchange_references(lines, 5) if point.mode == "shuffled" else lines)
         tokens = sum(score.tokens for score in scores)
         assert result.tokens == tokens
