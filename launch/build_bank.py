@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,18 +30,23 @@ LAUNCHER = ("RANK", "WORLD_SIZE")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build together with the other ranks, and print a line about the bank; errors are told by one rank."""
+    run_on_ranks(lambda: parse(BankConfig, argv, "m3 bank build", __doc__ or ""), _build)
+
+
+def run_on_ranks[Options](read: Callable[[], Options], do: Callable[[Options, Any], str | None]) -> None:
+    """Read the options, do the job together with the other ranks, and print what it returns; one rank tells errors."""
     for name in FOR_ONE_THREAD:  # sums depend on the number of threads; parallelism is the ranks' business
         os.environ[name] = "1"
     wrong: M3Error | None = None
     try:
-        options = parse(BankConfig, argv, "m3 bank build", __doc__ or "")
+        options = read()
     except M3Error as error:
         wrong = error
     comm = _world()
     try:
         if wrong is not None:
             raise wrong
-        line = _build(options, comm)
+        line = do(options, comm)
     except M3Error:
         if comm.rank == 0:
             raise
@@ -62,9 +67,9 @@ def _world() -> Any:
     return MPI.COMM_WORLD
 
 
-def _build(options: BankConfig, comm: Any) -> str | None:
+def settle(comm: Any) -> None:
+    """Choose this rank's device, and let it be a world of its own to torch.distributed, on one thread."""
     import torch
-    import torch.distributed as dist
     from mpi4py import MPI
 
     torch.set_num_threads(1)
@@ -75,13 +80,19 @@ def _build(options: BankConfig, comm: Any) -> str | None:
     from megatron_m3.platform import select
 
     select()
+
+
+def _build(options: BankConfig, comm: Any) -> str | None:
+    import torch.distributed as dist
+
+    settle(comm)
     from megatron_m3.memory.build import build_bank
     from megatron_m3.platform.distributed import shut_down
 
     if options.plan:
         return _plan(options, comm)
     had_world = dist.is_initialized()
-    line = build_bank(options, comm, _load)
+    line = build_bank(options, comm, load_alone)
     if not had_world:
         shut_down()
     return line
@@ -108,7 +119,8 @@ def _plan(options: BankConfig, comm: Any) -> str | None:
     return line
 
 
-def _load(folder: Path) -> "LoadedModel":
+def load_alone(folder: Path) -> "LoadedModel":
+    """Read a checkpoint into this process."""
     from megatron_m3.model.checkpoint import load_model
 
     return load_model(folder)

@@ -19,6 +19,8 @@ class BankConfig:
     codec: str = "auto"
     """none; auto (the paper's 14 bytes a vector if the sample suffices, else a smaller construction); KLT and the bytes
     of a key and value together, such as KLT40; or a FAISS factory string such as OPQ20_80,Residual2x14,PQ8x10."""
+    codec_from: str = ""
+    """Folder of a bank whose codec is taken instead of a new one; two banks can be merged if they share it."""
     codec_sample: int = 1024
     """References, drawn uniformly, that the codec is trained on."""
     codec_shared: bool = False
@@ -54,5 +56,7 @@ class BankConfig:
             raise ConfigError(f"plan_utilisation={self.plan_utilisation}: must be above 0 and at most 1")
         if self.json and not self.plan:
             raise ConfigError("json: only a plan is printed as JSON; add --plan")
+        if self.codec_from and self.codec != "auto":
+            raise ConfigError("codec: given by --codec-from; leave one of them out")
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must be 0 or more")

@@ -132,7 +132,7 @@ class BlockFolder:
         path = self.folder / self.name(index)
         if not (path.exists() and path.with_suffix(".json").exists()):
             return False
-        recorded = self._entry(index)
+        recorded = self.entry(index)
         return recorded["bytes"] == path.stat().st_size and (not checksum or hash_file(path) == recorded)
 
     def missing(self, num_blocks: int) -> list[int]:
@@ -163,9 +163,10 @@ class BlockFolder:
 
     def files(self, num_blocks: int) -> dict[str, dict[str, Any]]:
         """The ``files`` entry of the finished artifact's manifest."""
-        return {self.name(index): self._entry(index) for index in range(num_blocks)}
+        return {self.name(index): self.entry(index) for index in range(num_blocks)}
 
-    def _entry(self, index: int) -> dict[str, Any]:
+    def entry(self, index: int) -> dict[str, Any]:
+        """Bytes and SHA-256 of block ``index``."""
         record = self._record(index)
         return {"bytes": record["bytes"], "sha256": record["sha256"]}
 

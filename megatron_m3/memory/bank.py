@@ -2,7 +2,7 @@
 
 A folder with ``shard_NNNNNN.bin`` (``block_size`` records each, see :mod:`megatron_m3.memory.record`), ``codec/`` and a
 manifest that names the model, the tokenizer and the references by hash. Reference ``id`` is record ``id % block_size``
-of shard ``id // block_size``.
+of shard ``id // block_size``, unless it was edited since the bank was built, see :mod:`megatron_m3.memory.edits`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ from megatron_m3.errors import ArtifactError, ConfigError, DataError
 from megatron_m3.manifest import BlockFolder, Manifest, check_files, check_input, read_manifest
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.codecs import load_codec
+from megatron_m3.memory.edits import Edits, Places, shard_name
 from megatron_m3.memory.record import RecordLayout
 from megatron_m3.memory.storage import LocalStorage, Storage
 from megatron_m3.memory.types import ExplicitMemories, held_lists
@@ -48,10 +49,19 @@ class BankSettings:
     """Bytes of the key and the value of one kept token."""
     memory_heads: str = "all"
     """The heads that hold memory, as ``memory.heads``; the manifest of a bank of all heads leaves it out."""
+    edits: Edits | None = None
+    """What was edited since the bank was built; the manifest of one that was not leaves it out."""
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a manifest has them."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("memory_heads", "all")}
+        return {name: value for name, value in asdict(self).items()
+                if (name, value) not in (("memory_heads", "all"), ("edits", None))}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Back from a manifest."""
+        edits = {"edits": Edits.from_dict(fields["edits"])} if "edits" in fields else {}
+        return cls(**{**fields, "memory_layers": tuple(fields["memory_layers"])} | edits)
 
     @property
     def memory_lists(self) -> Tensor:
@@ -95,11 +105,6 @@ class ShardFolder(BlockFolder):
         return shard_name(index)
 
 
-def shard_name(index: int) -> str:
-    """File name of shard ``index``."""
-    return f"shard_{index:06d}.bin"
-
-
 class MemoryBank:
     """Reads explicit memories by reference id; ids run from 0 to ``len(bank) - 1``. Never writes."""
 
@@ -108,6 +113,7 @@ class MemoryBank:
         self.hash, self.record = manifest.hash, settings.record
         self.codec_name, self.record_bytes = settings.codec, settings.record.record_bytes
         self.storage: Storage = LocalStorage(folder)
+        self.places = Places(folder, settings.num_references, settings.block_size, settings.edits, manifest.files)
 
     @classmethod
     def open(
@@ -124,12 +130,15 @@ class MemoryBank:
         for role, actual in (("checkpoint", weights_hash), ("tokenizer", tokenizer_hash)):
             if actual is not None:
                 check_input(folder, manifest, role, actual)
-        fields: dict[str, Any] = manifest.settings | {"memory_layers": tuple(manifest.settings["memory_layers"])}
-        settings = BankSettings(**fields)
+        settings = BankSettings.from_dict(manifest.settings)
         codec, codec_hash = load_codec(folder / CODEC, settings.memory_lists)
         check_input(folder, manifest, "codec", codec_hash)
-        check_files(folder, manifest, checksums=check,
-                    mend="run `m3 bank build` into the folder again, it writes missing and damaged shards anew")
+        try:
+            check_files(folder, manifest, checksums=check, mend=mend(manifest))
+        except ArtifactError:
+            if read_manifest(folder, KIND, SCHEMA).hash == manifest.hash:
+                raise
+            return cls.open(folder, weights_hash=weights_hash, tokenizer_hash=tokenizer_hash, check=check)
         return cls(folder, manifest, settings, codec)
 
     def __len__(self) -> int:
@@ -181,12 +190,17 @@ class MemoryBank:
             wrong = int(ids[(ids < 0) | (ids >= len(self))][0])
             raise DataError(f"{self.folder}: reference {wrong} is not in 0-{len(self) - 1}")
         assert kv_heads.step in (None, 1), "heads are a contiguous slice"
-        codes, tail = self._read_bytes(ids, self.record.codes(kv_heads))
+        try:
+            codes, tail = self._read_bytes(ids, self.record.codes(kv_heads))
+        except ArtifactError:
+            if not self._follow():
+                raise
+            codes, tail = self._read_bytes(ids, self.record.codes(kv_heads))
         damaged = self.record.damaged_rows(codes, tail, kv_heads)
         if damaged:
             id = int(ids[damaged[0]])
             raise ArtifactError(f"{self.folder / self._place(id)[0]}: the record of reference {id} is damaged; "
-                                "run `m3 bank build` into the folder again, it writes damaged shards anew")
+                                f"{mend(self.manifest)}")
         return codes, tail
 
     def _read_bytes(self, ids: np.ndarray, place: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -206,5 +220,29 @@ class MemoryBank:
 
     def _place(self, id: int) -> tuple[str, int]:
         """The file that holds the record of a reference, and the byte at which it begins."""
-        block_size = self.settings.block_size
-        return shard_name(id // block_size), id % block_size * self.record_bytes
+        name, row = self.places(id)
+        return name, row * self.record_bytes
+
+    def _follow(self) -> bool:
+        """Learn where records lie since an edit that took files away; false where there was none.
+
+        What a record is made of never changes; a reference that was replaced or deleted is read as it is now.
+        """
+        manifest = read_manifest(self.folder, KIND, SCHEMA)
+        if manifest.hash == self.manifest.hash or manifest.inputs["codec"] != self.manifest.inputs["codec"]:
+            return False
+        settings = BankSettings.from_dict(manifest.settings)
+        self.places = Places(self.folder, settings.num_references, settings.block_size, settings.edits, manifest.files)
+        return True
+
+
+def mend(manifest: Manifest) -> str:
+    """What a user can do about a damaged file of a bank."""
+    if is_as_built(manifest):
+        return "run `m3 bank build` into the folder again, it writes missing and damaged shards anew"
+    return "bring the file back from a copy, or build a bank of the same references in another folder"
+
+
+def is_as_built(manifest: Manifest) -> bool:
+    """Whether a bank is as `m3 bank build` left it: never edited, or not since and not compacted."""
+    return "edits" not in manifest.settings and all(name.startswith(("shard_", CODEC)) for name in manifest.files)

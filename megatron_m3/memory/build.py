@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from megatron_m3.config import replace_fields
 from megatron_m3.config.bank import BankConfig
 from megatron_m3.errors import ArtifactError, ConfigError, DataError
-from megatron_m3.manifest import Manifest, read_manifest, write_manifest
+from megatron_m3.manifest import Manifest, atomic_path, read_manifest, write_manifest
 from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, ShardFolder, head_list
 from megatron_m3.memory.codec import KIND as CODEC_KIND
 from megatron_m3.memory.codec import SCHEMA as CODEC_SCHEMA
@@ -31,6 +32,7 @@ from megatron_m3.memory.codecs import (
     token_bytes,
     train_codec,
 )
+from megatron_m3.memory.editing import refuse_edited
 from megatron_m3.memory.encode import encode_references
 from megatron_m3.memory.sensitivity import Sensitivity, measure_sensitivity
 from megatron_m3.memory.space import check_space, measure_space
@@ -107,6 +109,7 @@ class BankOrder[Model: ModelDescription]:
                  "selection": config.memory.selection, "spread": config.memory.spread, "prefix": config.memory.prefix,
                  "dtype": config.training.dtype}
         shape |= {"heads": self.memory_heads} if self.memory_heads != "all" else {}
+        shape |= {"codec_from": self.given_codec[2]} if self.given_codec else {}
         return {"kind": KIND, "schema": SCHEMA, "inputs": self.inputs,
                 "settings": shape | {name: getattr(options, name) for name in names}}
 
@@ -122,6 +125,8 @@ class BankOrder[Model: ModelDescription]:
             ConfigError: the sample is too small for the codec.
         """
         config, ids = self.loaded.config, self.sample_ids()
+        if self.given_codec:
+            return self.settings(self.given_codec[1].name, self.given_codec[1].token_bytes)
         head_size = config.model.head_size
         kept = np.minimum(self.lengths[ids], config.memory.num_kept_tokens).sum()
         name = resolve_codec(self.options.codec, head_size, SampleSize(
@@ -140,10 +145,32 @@ class BankOrder[Model: ModelDescription]:
         )
 
     def sample_ids(self) -> np.ndarray:
-        """References, drawn uniformly, that the codec is trained on; none for the codec none."""
-        count = min(self.options.codec_sample, len(self.references)) if self.options.codec != "none" else 0
-        drawn = np.random.default_rng(self.options.seed).choice(len(self.references), count, replace=False)
-        return np.sort(drawn)
+        """References, drawn uniformly among those that have tokens, that the codec is trained on; none for none."""
+        alive = np.flatnonzero(self.lengths)
+        count = min(self.options.codec_sample, len(alive)) if self.trains_codec else 0
+        return np.sort(np.random.default_rng(self.options.seed).choice(alive, count, replace=False))
+
+    @property
+    def trains_codec(self) -> bool:
+        """Whether the codec is learned from the references: not where there is none, or another bank has it."""
+        return self.options.codec != "none" and not self.options.codec_from
+
+    @functools.cached_property
+    def given_codec(self) -> tuple[Path, Codec, str] | None:
+        """Folder, codec and its hash, of the bank whose codec is taken.
+
+        Raises:
+            ArtifactError: it does not suit this bank's memories.
+        """
+        if not self.options.codec_from:
+            return None
+        folder = Path(self.options.codec_from)
+        found = read_manifest(folder, KIND, SCHEMA)
+        other = BankSettings.from_dict(found.settings)
+        if other.head_size != self.loaded.config.model.head_size or not torch.equal(other.memory_lists,
+                                                                                    self.memory_lists):
+            raise ArtifactError(f"codec_from={folder}: its memories are of other layers, heads or head size than these")
+        return folder / CODEC, *load_codec(folder / CODEC, self.memory_lists)
 
 
 class BankJob(BankOrder[LoadedModel]):
@@ -182,8 +209,7 @@ def build_bank(options: BankConfig, comm: Any, load: Callable[[Path], LoadedMode
     folder = _open_folder(job, comm)
     codec = _prepare_codec(job, comm, folder)
     settings = job.settings(codec.name, codec.token_bytes)
-    missing = _find_missing(comm, folder, settings.num_blocks)
-    _write_blocks(job, comm, folder, codec, settings, missing)
+    write_missing(job, comm, folder, codec, settings)
     if comm.rank:
         return None
     _finish(job, folder, settings, load_codec(folder.folder / CODEC)[1])
@@ -197,6 +223,7 @@ def _open_folder(job: BankJob, comm: Any) -> ShardFolder:
     with agree(comm):
         if comm.rank == 0:
             ShardFolder(job.folder, job.key)
+            refuse_edited(job.folder, job.inputs)
             for left in job.folder.glob("**/.*.tmp"):
                 left.unlink()
     return ShardFolder(job.folder, job.key)
@@ -209,7 +236,9 @@ def _prepare_codec(job: BankJob, comm: Any, folder: ShardFolder) -> Codec:
         head_size, dtype = job.loaded.config.model.head_size, job.loaded.config.training.dtype
         sample = _encode_sample(job, comm)
         with agree(comm):
-            if comm.rank == 0:
+            if comm.rank == 0 and job.given_codec:
+                _copy_codec(job.given_codec[0], place)
+            elif comm.rank == 0:
                 codec = train_codec(job.options.codec, sample, held_LG=job.memory_lists, dtype=dtype,
                                     shared=job.options.codec_shared, sensitivity=job.sensitivity)
                 if job.options.codec != "none":
@@ -223,6 +252,14 @@ def _prepare_codec(job: BankJob, comm: Any, folder: ShardFolder) -> Codec:
     with agree(comm):
         return load_codec(place, job.memory_lists)[0]
     raise AssertionError("agree raises what the block did")
+
+
+def _copy_codec(source: Path, place: Path) -> None:
+    """Another bank's codec, its manifest last."""
+    place.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "manifest.json"):
+        with atomic_path(place / path.name) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def _encode_sample(job: BankJob, comm: Any) -> ExplicitMemories:
@@ -242,6 +279,11 @@ def _encode_sample(job: BankJob, comm: Any) -> ExplicitMemories:
         return job.encode(ids[:0])
     return ExplicitMemories.concatenate([gathered[index % comm.size][index // comm.size]
                                          for index in range(len(groups))])
+
+
+def write_missing(job: BankJob, comm: Any, folder: ShardFolder, codec: Codec, settings: BankSettings) -> None:
+    """Write the shards that are not there or damaged, with all ranks of ``comm``."""
+    _write_blocks(job, comm, folder, codec, settings, _find_missing(comm, folder, settings.num_blocks))
 
 
 def _find_missing(comm: Any, folder: ShardFolder, num_blocks: int) -> list[int]:
@@ -279,6 +321,7 @@ def _write_blocks(
 def _finish(job: BankJob, folder: ShardFolder, settings: BankSettings, codec_hash: str) -> None:
     """Write the manifest, unless it is there already."""
     codec_files = read_manifest(folder.folder / CODEC, CODEC_KIND, CODEC_SCHEMA).files
+    refuse_edited(job.folder, job.inputs)
     files = folder.files(settings.num_blocks) | {f"{CODEC}/{name}": entry for name, entry in codec_files.items()}
     write_manifest(folder.folder, Manifest(kind=KIND, schema=SCHEMA, inputs=job.inputs | {"codec": codec_hash},
                                            settings=settings.to_dict(), files=files))
