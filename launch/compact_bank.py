@@ -3,8 +3,8 @@
     m3 bank compact --bank bank
 
 Afterwards the shards hold what a bank built anew from the edited knowledge base with the same codec holds. Only shards
-with an edit are written anew; they need room beside the old ones meanwhile. Readers of the bank go on. Killed, it leaves
-the bank as it was, and goes on where it was when the command is given again.
+with an edit are written anew; they need room beside the old ones meanwhile. Readers of the bank go on. Killed, it
+leaves the bank as it was, and goes on where it was when the command is given again.
 """
 
 from collections.abc import Sequence

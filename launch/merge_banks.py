@@ -2,7 +2,7 @@
 
     m3 bank build --checkpoint run --references S --output other --codec-from bank
     m3 data edit-references --references R --append S --output R2
-    m3 bank merge --bank bank --with other --references R2
+    m3 bank merge --bank bank --other other --references R2
 
 Both banks must be of the same model with the same codec and memory settings. The other's references get the next free
 ids, in order. Its shards are shared (hard links) where the file system allows; it stays as it is.
@@ -23,7 +23,7 @@ class MergeOptions:
     bank: str
     """Folder of the bank that gets the memories."""
     other: str
-    """Folder of the bank that they are taken from; --with says the same."""
+    """Folder of the bank that they are taken from."""
     references: str
     """Folder of the bank's knowledge base with the other's appended, made by `m3 data edit-references --append`."""
 

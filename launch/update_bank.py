@@ -4,8 +4,8 @@
     m3 bank update --bank bank --references R2 --checkpoint run
     mpiexec -n 8 python -m launch.update_bank --bank bank --references R2 --checkpoint run
 
-R2 must descend from the bank's knowledge base, over any number of edits. New memories are coded with the bank's own codec
-and stand in files of their own, a deleted reference's memory is empty; `m3 bank compact` folds both into the shards.
+R2 must descend from the bank's knowledge base, over any number of edits. New memories are coded with the bank's own
+codec and stand in files of their own, a deleted reference's memory is empty; `m3 bank compact` folds both into the shards.
 Readers of the bank go on. A stopped update leaves the bank as it was, and goes on when the command is given again.
 """
 
@@ -31,7 +31,7 @@ class UpdateOptions:
     references: str
     """Folder of the edited knowledge base, made by `m3 data edit-references`."""
     checkpoint: str = ""
-    """The checkpoint that the bank was built with, or the folder of its run; not needed where all edits are deletions."""
+    """The checkpoint that the bank was built with, or the folder of its run; only deletions do without."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -30,7 +30,8 @@ class Recalled:
 
 
 class Recall:
-    """Chunks of tokens to memories. Results that the index does not have stay empty: they are never read."""
+    """Chunks of tokens to memories. Results that the index does not have stay empty, as do references that were deleted
+    from the bank: they are never read."""
 
     def __init__(
         self,
@@ -70,13 +71,14 @@ class Recall:
         cache = self.source.cache
         hits, misses = cache.hits, cache.misses
         memories = self.source.fetch(distinct)
+        valid = found.valid & (memories.num_kept.numpy()[rows] > 0 if len(distinct) else False)
         statistics.cache_hits += cache.hits - hits
         statistics.cache_misses += cache.misses - misses
         statistics.retrieval_seconds += retrieved - start
         statistics.fetch_seconds += time.perf_counter() - retrieved
-        statistics.references_read += int(found.valid.sum())
-        statistics.seen.update(distinct.tolist())
-        return Recalled(memories=memories, rows=rows, valid=found.valid, ids=found.ids, scores=found.scores)
+        statistics.references_read += int(valid.sum())
+        statistics.seen.update(found.ids[valid].tolist())
+        return Recalled(memories=memories, rows=rows, valid=valid, ids=found.ids, scores=found.scores)
 
     def _retrieve(self, chunks: Sequence[Sequence[int]], questions: Sequence[Sequence[int]]) -> "Retrieved":
         if self.max_overlap is None:

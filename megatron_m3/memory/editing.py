@@ -15,9 +15,9 @@ import torch
 
 from megatron_m3.errors import ArtifactError, DataError, M3Error
 from megatron_m3.manifest import Manifest, atomic_path, hash_file, read_manifest, write_manifest
+from megatron_m3.manifest.lock import FolderLock
 from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, MemoryBank, ShardFolder, is_as_built
 from megatron_m3.memory.edits import EDIT, EMPTY, FOLDED
-from megatron_m3.memory.lock import BankLock
 from megatron_m3.memory.record import RecordLayout
 from megatron_m3.platform.progress import Progress
 from megatron_m3.references import format_ids
@@ -42,7 +42,7 @@ class BankWriter:
         """
         read_manifest(self.folder, KIND, SCHEMA)
         with ExitStack() as stack:
-            self.lock = stack.enter_context(BankLock(self.folder, self.command))
+            self.lock = stack.enter_context(FolderLock(self.folder, self.command))
             self.bank = MemoryBank.open(self.folder)
             self._stack = stack.pop_all()
         return self
@@ -52,7 +52,7 @@ class BankWriter:
 
     def begin(self, name: str, job: Mapping[str, Any]) -> ShardFolder:
         """The folder of new shards, as far as a killed writer came with it; what others left is cleared."""
-        self._clear(keep=name)
+        self.clear(keep=name)
         return ShardFolder(self.folder / name, job)
 
     def commit(self, settings: BankSettings, files: Files, references: str = "") -> None:
@@ -74,7 +74,7 @@ class BankWriter:
         write_manifest(self.folder, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings.to_dict(),
                                              files=files, info=old.info))
         self.bank = MemoryBank.open(self.folder)
-        self._clear()
+        self.clear()
 
     def empty_record(self) -> Files:
         """The file of the record without tokens, written where it is not there."""
@@ -84,8 +84,8 @@ class BankWriter:
                 temporary.write_bytes(empty_record(self.bank.record).tobytes())
         return {EMPTY: hash_file(path)}
 
-    def _clear(self, keep: str = "") -> None:
-        """Remove files that the manifest does not name, but those in the folder ``keep``."""
+    def clear(self, keep: str = "") -> None:
+        """Remove what killed writers left: files that the manifest does not name, but those in the folder ``keep``."""
         named = set(self.bank.manifest.files)
         folders = {name.partition("/")[0] for name in named} | {keep}
         for path in self.folder.glob("**/.*.tmp"):
@@ -138,6 +138,8 @@ def delete_references(folder: str | Path, ids: np.ndarray) -> str:
         if len(deleted) > len(before):
             edits = replace(bank.places.edits, deleted=format_ids(deleted))
             writer.commit(replace(bank.settings, edits=edits), bank.manifest.files | writer.empty_record())
+        else:
+            writer.clear()
         return f"{folder}: {len(deleted) - len(before):,} memories deleted, {len(deleted):,} in all"
 
 
@@ -154,6 +156,7 @@ def compact_bank(folder: str | Path) -> str:
         settings, places = replace(bank.settings, edits=None), bank.places
         touched = touched_shards(bank)
         if not touched:
+            writer.clear()
             return f"{folder}: no edits to fold"
         name = FOLDED + bank.hash[:12]
         shards = writer.begin(name, {"kind": "folded shards", "bank": bank.hash})

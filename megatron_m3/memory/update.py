@@ -105,6 +105,8 @@ def update_bank(
             bank = writer.bank if writer else MemoryBank.open(folder)
             plan = Plan.of(bank, references, only)
         if not plan.steps:
+            if writer:
+                writer.clear()
             return f"{folder}: is of {references} already" if writer else None
         name, files = _encode(bank, plan, checkpoint, comm, load, writer) if len(plan.written) else ("", {})
         with agree(comm):
@@ -165,6 +167,7 @@ def merge_bank(folder: Path, other_folder: Path, references: Path) -> str:
         bank = writer.bank
         plan = Plan.of(bank, references)
         if not plan.steps:
+            writer.clear()
             return f"{folder}: is of {references} already"
         _check_alike(bank, other)
         appended = [step.appended for step in plan.steps]

@@ -1,4 +1,4 @@
-"""The lock of a bank: one writer at a time, known by name, and gone when its process is.
+"""The lock of a folder: one writer at a time, known by name, and gone when its process is.
 
 It is a file that is created only where none is, so that it works on network file systems too. Its owner writes a new
 time of expiry into it now and then, through the descriptor that created it: an owner that slept past its time and whose
@@ -65,7 +65,7 @@ class Owner:
         return f"`{self.command}`, process {self.pid} on {self.host}, since {self.started}"
 
 
-class BankLock:
+class FolderLock:
     """Held from entering to leaving; a context manager."""
 
     def __init__(self, folder: Path, command: str, *, lease: float = LEASE_SECONDS) -> None:
@@ -81,7 +81,7 @@ class BankLock:
         """
         while not self._create():
             self._remove_dead()
-        self._beat = threading.Thread(target=self._renew, name="bank lock", daemon=True)
+        self._beat = threading.Thread(target=self._renew, name="folder lock", daemon=True)
         self._beat.start()
         return self
 
