@@ -20,7 +20,7 @@ from megatron_m3.errors import ArtifactError, ConfigError, DataError
 from megatron_m3.manifest import BlockFolder, Manifest, check_files, check_input, read_manifest
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.codecs import load_codec
-from megatron_m3.memory.mirror import Mirror
+from megatron_m3.memory.mirror import BYTES, Mirror
 from megatron_m3.memory.reader import RecordReader, Wanted
 from megatron_m3.memory.record import RecordLayout
 from megatron_m3.memory.remote import HttpStorage, download_description, is_url
@@ -124,6 +124,8 @@ def shard_name(index: int) -> str:
 class MemoryBank:
     """Reads explicit memories by reference id; ids run from 0 to ``len(bank) - 1``. Never writes."""
 
+    is_collective = False
+
     def __init__(
         self, address: str, manifest: Manifest, settings: BankSettings, codec: Codec, storage: Storage
     ) -> None:
@@ -133,7 +135,6 @@ class MemoryBank:
         self.codec_name, self.record_bytes = settings.codec, settings.record.record_bytes
         self.reader = RecordReader(storage)
         self.mirror: Mirror | None = None
-        """Local records of a bank that is far away: looked up first, and added to."""
 
     @classmethod
     def open(
@@ -169,6 +170,10 @@ class MemoryBank:
 
     def __len__(self) -> int:
         return self.settings.num_references
+
+    def keep_in(self, folder: Path, budget_bytes: int = BYTES) -> None:
+        """Keep records that are read in a local folder, and look there first: for a bank that is far away."""
+        self.mirror = Mirror(folder, self.hash, budget_bytes)
 
     def configure(self, config: Config) -> Config:
         """``config`` with the memory layers and heads, kept tokens and selection of this bank.

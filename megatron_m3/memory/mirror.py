@@ -55,7 +55,9 @@ class Mirror:
             self._room = self._make_room(size)
         self._room -= size
         for (name, offset), row in zip(wanted.places, rows, strict=True):
-            file = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT, 0o666)
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 filled = 0
                 for piece in wanted.pieces:
@@ -67,14 +69,22 @@ class Mirror:
 
     def _make_room(self, size: int) -> int:
         """Remove files until ``size`` bytes fit, and a share of the budget if there is anything to remove; that room."""
-        states = [(path.stat(), path) for path in self.root.glob("*/*")]
-        files = sorted(((state.st_mtime_ns, state.st_blocks * 512, path) for state, path in states), reverse=True)
+        files = sorted(filter(None, map(_use, self.root.rglob("*.bin"))), reverse=True)
         free = self.budget_bytes - sum(taken for _, taken, _ in files)
         while files and free < max(size, self.budget_bytes // SHARE):
             _, taken, path = files.pop()
             path.unlink(missing_ok=True)
             free += taken
         return min(free, max(size, self.budget_bytes // SHARE))
+
+
+def _use(path: Path) -> tuple[int, int, Path] | None:
+    """When a file was last used, what it takes up, and the file; None if another process has just removed it."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return None
+    return state.st_mtime_ns, state.st_blocks * 512, path
 
 
 class _SparseFiles:
