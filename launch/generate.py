@@ -39,7 +39,8 @@ class GenerateOptions:
     """Cold start: the codec/ folder of a bank of this checkpoint, through which memories pass; else numbers stay as
     they are."""
     bank_cache: str = ""
-    """Local folder that keeps records of memories: of a bank that is far away, or, in a cold start, those that were written."""
+    """Local folder that keeps records of memories: those of a bank that is far away, or, in a cold start, those that
+    the model wrote."""
     bank_cache_bytes: int = 1 << 34
     """What the record folder may take up on disk; whole files go, the longest unused first."""
     no_memory: bool = False

@@ -44,8 +44,8 @@ class ChunkMemories:
         return self.rows_BCR.shape[2] * self.memories.kv.shape[4]
 
     @functools.cached_property
-    def valid_BCM(self) -> Tensor:
-        """Which memory slots hold a kept token."""
+    def valid_slots(self) -> Tensor:
+        """Which memory slots hold a kept token, bool [B, C, M]."""
         slots_K = torch.arange(self.memories.kv.shape[4], device=self.rows_BCR.device)
         kept_N = self.memories.num_kept.to(self.rows_BCR.device)
         kept_BCR = kept_N[self.rows_BCR] if len(kept_N) else torch.zeros_like(self.rows_BCR)
@@ -61,13 +61,13 @@ class ChunkMemories:
         kv_XBCMGD = (
             kv_NXGKD[self.rows_BCR.flatten()].view(B, C, R, X, G, K, D).permute(3, 0, 1, 2, 5, 4, 6).flatten(3, 4)
         )
-        return kv_XBCMGD.masked_fill(~self.valid_BCM[None, ..., None, None], 0)
+        return kv_XBCMGD.masked_fill(~self.valid_slots[None, ..., None, None], 0)
 
     def valid_in(self, layer: int) -> Tensor:
         """Which slots of a memory layer are read, [B, C, M], or [B, C, M, G] where its heads differ."""
         if layer not in self.memory_heads:
-            return self.valid_BCM
-        return self.valid_BCM[..., None] & self.memory_heads[layer].to(self.valid_BCM.device)
+            return self.valid_slots
+        return self.valid_slots[..., None] & self.memory_heads[layer].to(self.valid_slots.device)
 
     def chunk(self, index_B: Tensor) -> "ChunkMemories":
         """The memories of one chunk of each sequence, as a :class:`ChunkMemories` with C = 1."""

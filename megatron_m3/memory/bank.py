@@ -159,7 +159,7 @@ class MemoryBank:
     def _open_remote(cls, address: str, hashes: Mapping[str, str | None], *, check: bool) -> Self:
         storage = HttpStorage(address)
         if check:
-            raise ArtifactError(f"{address}: whole files are compared with their checksums where they lie; run it there")
+            raise ArtifactError(f"{address}: checksums of whole files are compared where the bank lies; run it there")
         with tempfile.TemporaryDirectory() as name:
             download_description(storage, Path(name), CODEC)
             try:

@@ -64,7 +64,7 @@ class ColdMemories:
         held_LG = held_lists(loaded.config.memory_heads, loaded.config.model.num_kv_heads)
         codec, codec_hash = load_codec(Path(codec_folder), held_LG)
         memory, model = loaded.config.memory, loaded.config.model
-        nothing = ExplicitMemories.empty(*held_LG.shape, memory.num_kept_tokens, model.head_size)
+        nothing = ExplicitMemories.empty(len(held_LG), model.num_kv_heads, memory.num_kept_tokens, model.head_size)
         try:
             codec.encode(nothing)
         except (RuntimeError, ValueError, IndexError):

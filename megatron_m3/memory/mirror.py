@@ -68,7 +68,7 @@ class Mirror:
                 os.close(file)
 
     def _make_room(self, size: int) -> int:
-        """Remove files until ``size`` bytes fit, and a share of the budget if there is anything to remove; that room."""
+        """Remove files until ``size`` bytes fit, or a share of the budget if that is more; the room that there is."""
         files = sorted(filter(None, map(_use, self.root.rglob("*.bin"))), reverse=True)
         free = self.budget_bytes - sum(taken for _, taken, _ in files)
         while files and free < max(size, self.budget_bytes // SHARE):

@@ -109,9 +109,8 @@ class RecordLayout:
         ends = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
         heads = [(slice(code * first, code * last), slice(start + place * first, start + place * last))
                  for first, last in ends]
-        rows = map(memoryview, np.ascontiguousarray(records))
         found = [[zlib.crc32(row[num_kept], zlib.crc32(row[positions], zlib.crc32(row[codes])))
-                  for codes, positions in heads] for row in rows]
+                  for codes, positions in heads] for row in (array.data for array in np.ascontiguousarray(records))]
         return np.array(found, "<u4").reshape(len(records), len(ends))
 
     def damaged_rows(self, records: np.ndarray) -> list[int]:

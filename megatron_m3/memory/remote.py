@@ -6,7 +6,7 @@ import json
 import operator
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -82,7 +82,7 @@ class HttpStorage:
             return data
 
     @contextlib.contextmanager
-    def _answer(self, name: str, headers: dict[str, str]):  # type: ignore[no-untyped-def]
+    def _answer(self, name: str, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
         """The answer to a request, which is one of success; the connection stays open if the block ends well."""
         try:
             try:

@@ -41,7 +41,7 @@ class Delivery:
 
     heads: slice = slice(None)
     """The key-value heads; of others nothing is read."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
 
 

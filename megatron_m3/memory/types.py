@@ -21,7 +21,8 @@ class ExplicitMemories:
     """Explicit memories of N references; all but ``kv`` are on the CPU."""
 
     kv: Tensor
-    """[N, L, 2, G, K, D], float32 on the CPU unless asked for otherwise: keys after RoPE and values of the kept tokens; 0 where there is no kept token."""
+    """[N, L, 2, G, K, D], float32 on the CPU unless asked for otherwise: keys after RoPE and values of the kept tokens;
+    0 where there is no kept token."""
     positions: Tensor
     """int16 [N, L, G, K]: place of each kept token in its reference, ascending; 0 where there is none."""
     num_kept: Tensor
