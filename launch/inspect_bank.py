@@ -73,8 +73,8 @@ def describe_reference(bank: "MemoryBank", options: InspectOptions) -> Iterator[
 
     assert options.reference is not None
     references, tokenizer = ReferenceStore.open(options.references), Tokenizer.load(options.tokenizer)
-    check_input(bank.folder, bank.manifest, "references", references.hash)
-    check_input(bank.folder, bank.manifest, "tokenizer", tokenizer.hash)
+    check_input(bank.address, bank.manifest, "references", references.hash)
+    check_input(bank.address, bank.manifest, "tokenizer", tokenizer.hash)
     memory = bank.read([options.reference])
     tokens, lengths = references.tokens([options.reference])
     words = [tokenizer.decode([token]) for token in tokens[0, : lengths[0]]]

@@ -5,8 +5,9 @@
     mpiexec -n 8 python -m launch.update_bank --bank bank --references R2 --checkpoint run
 
 R2 must descend from the bank's knowledge base, over any number of edits. New memories are coded with the bank's own
-codec and stand in files of their own, a deleted reference's memory is empty; `m3 bank compact` folds both into the shards.
-Readers of the bank go on. A stopped update leaves the bank as it was, and goes on when the command is given again.
+codec and stand in files of their own, a deleted reference's memory is empty; `m3 bank compact` folds both into the
+shards. Readers of the bank go on. A stopped update leaves the bank as it was, and goes on when the command is given
+again.
 """
 
 from collections.abc import Sequence

@@ -174,8 +174,8 @@ def check_files(
             raise ArtifactError(f"{path}: checksum differs from the manifest; the file is damaged; {mend}")
 
 
-def check_input(folder: Path, manifest: Manifest, role: str, actual: str) -> None:
-    """Check that an artifact was made from the ``role`` input with hash ``actual``.
+def check_input(folder: Path | str, manifest: Manifest, role: str, actual: str) -> None:
+    """Check that an artifact was made from the ``role`` input with hash ``actual``; ``folder`` names it.
 
     Raises:
         ArtifactError: it was made from another one.

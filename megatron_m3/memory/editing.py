@@ -93,12 +93,11 @@ class BankWriter:
         for path in [*self.folder.glob(f"{EDIT}*"), *self.folder.glob(f"{FOLDED}*")]:
             if path.name not in folders:
                 shutil.rmtree(path, ignore_errors=True)
-        for path in [*self.folder.glob("shard_*.bin"), *self.folder.glob(f"{FOLDED}*/shard_*.bin"),
+        for path in [*self.folder.glob("shard_*.*"), *self.folder.glob(f"{FOLDED}*/shard_*.*"),
                      *self.folder.glob(EMPTY)]:
-            name = str(path.relative_to(self.folder))
+            name = str(path.relative_to(self.folder).with_suffix(".bin"))
             if name not in named and not (keep and name.startswith(f"{keep}/")):
                 path.unlink(missing_ok=True)
-                path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def refuse_edited(folder: Path, inputs: Mapping[str, str]) -> None:

@@ -10,7 +10,6 @@ HASH is of all that decides the bytes, so a name never stands for two contents.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -60,7 +59,7 @@ class Places:
     """Where the record of each reference of a bank lies."""
 
     def __init__(
-        self, folder: Path, num_references: int, block_size: int, edits: Edits | None, files: Iterable[str]
+        self, address: str, num_references: int, block_size: int, edits: Edits | None, files: Iterable[str]
     ) -> None:
         """``files`` are the bank's.
 
@@ -82,7 +81,7 @@ class Places:
         self._row = np.concatenate([np.arange(size) for size in sizes])[first]
         new = np.count_nonzero(self.ids >= self.edits.built)
         if not all(self.shards) or new != num_references - self.edits.built or (self.ids >= num_references).any():
-            raise ArtifactError(f"{folder}: the manifest does not say where all records are; build the bank again")
+            raise ArtifactError(f"{address}: the manifest does not say where all records are; build the bank again")
 
     def __call__(self, id: int) -> tuple[str, int]:
         """The file that holds the record of a reference, and the record's number in it."""

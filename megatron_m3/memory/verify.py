@@ -71,7 +71,7 @@ def check_origin(bank: MemoryBank, described: ModelDescription, references: Refe
     """
     given = {"checkpoint": described.weights_hash, "tokenizer": described.tokenizer.hash, "references": references.hash}
     for role, actual in given.items():
-        check_input(bank.folder, bank.manifest, role, actual)
+        check_input(bank.address, bank.manifest, role, actual)
 
 
 def verify_sample(
@@ -152,8 +152,7 @@ def _differences(bank: MemoryBank, stored_NB: np.ndarray, fresh_NB: np.ndarray) 
 
 def _unpack(bank: MemoryBank, records_NB: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
     """Codes, positions, kept tokens, and decoded keys and values."""
-    end = bank.record.codes_bytes
-    codes_NCB, positions, num_kept = bank.record.unpack(records_NB[:, :end], records_NB[:, end:])
+    codes_NCB, positions, num_kept = bank.record.unpack(records_NB)
     return codes_NCB, positions, num_kept, bank.codec.decode(codes_NCB, positions, num_kept)
 
 

@@ -64,7 +64,7 @@ class VectorIndex:
         return load_embedder(self.folder / EMBEDDER)
 
     def search(self, vectors: np.ndarray, k: int) -> Found:
-        """The ``k`` nearest references of each vector, float32 [N, size]. Zero vectors find nothing, nothing finds them."""
+        """The ``k`` nearest references of each vector, float32 [N, size]. Zero vectors neither find nor are found."""
         if len(self.never_found):
             return self.search_filtered(vectors, k, lambda row, ids: np.zeros(len(ids), bool))
         return self._search(vectors, k)

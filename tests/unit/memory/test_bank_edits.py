@@ -214,10 +214,12 @@ def open_bank_unchecked(folder):
     from megatron_m3.manifest import read_manifest
     from megatron_m3.memory.bank import KIND, SCHEMA, BankSettings, MemoryBank
     from megatron_m3.memory.codecs import load_codec
+    from megatron_m3.memory.storage import LocalStorage
 
     manifest = read_manifest(folder, KIND, SCHEMA)
     settings = BankSettings.from_dict(manifest.settings)
-    return MemoryBank(folder, manifest, settings, load_codec(folder / "codec", settings.memory_lists)[0])
+    codec = load_codec(folder / "codec", settings.memory_lists)[0]
+    return MemoryBank(str(folder), manifest, settings, codec, LocalStorage(folder))
 
 
 def test_deleting_needs_no_model_and_is_at_once(built, edited, folder, run, references, tmp_path, capsys):

@@ -62,8 +62,8 @@ def change(folder, id, place, value=None):
     path = folder / f"shard_{block:06d}.bin"
     records = np.fromfile(path, np.uint8).reshape(-1, bank.record_bytes)
     records[row, place] = records[row, place] ^ 1 if value is None else value
-    codes, tail = records[row : row + 1, : bank.record.codes_bytes], records[row : row + 1, bank.record.codes_bytes :]
-    bank.record.parts(tail)[2][:] = bank.record.checksums(codes, tail).view(np.uint8)
+    changed = records[row : row + 1]
+    bank.record.fields(changed)[3][:] = bank.record.checksums(changed).view(np.uint8)
     records.tofile(path)
     manifest = read_manifest(folder, "bank", 2)
     write_manifest(folder, replace(manifest, files=manifest.files | {path.name: hash_file(path)}))
