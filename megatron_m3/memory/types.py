@@ -18,7 +18,7 @@ def held_lists(memory_heads: Mapping[int, Sequence[int]], num_heads: int) -> Ten
 
 @dataclass(frozen=True, kw_only=True)
 class ExplicitMemories:
-    """Explicit memories of N references, on the CPU."""
+    """Explicit memories of N references; on the CPU, unless said otherwise."""
 
     kv: Tensor
     """float32 [N, L, 2, G, K, D]: keys after RoPE and values of the kept tokens; 0 where there is no kept token."""
@@ -33,6 +33,10 @@ class ExplicitMemories:
     def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> "ExplicitMemories":
         """The memories of some rows."""
         return ExplicitMemories(kv=self.kv[rows], positions=self.positions[rows], num_kept=self.num_kept[rows])
+
+    def cpu(self) -> "ExplicitMemories":
+        """The memories on the CPU."""
+        return ExplicitMemories(kv=self.kv.cpu(), positions=self.positions.cpu(), num_kept=self.num_kept.cpu())
 
     def kept_positions(self, row: int) -> np.ndarray:
         """Places of the kept tokens in the reference of ``row``, int16 [L, G, kept]."""
