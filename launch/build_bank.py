@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +34,16 @@ LAUNCHER = ("RANK", "WORLD_SIZE")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build together with the other ranks, and print a line about the bank; errors are told by one rank."""
+    run_on_ranks(lambda: parse(BankConfig, argv, "m3 bank build", __doc__ or ""), _build)
+
+
+def run_on_ranks[Options](read: Callable[[], Options], do: Callable[[Options, Any], str | None]) -> None:
+    """Read the options, do the job together with the other ranks, and print what it returns; one rank tells errors."""
     for name in FOR_ONE_THREAD:  # sums depend on the number of threads; parallelism is the ranks' business
         os.environ[name] = "1"
     wrong: M3Error | None = None
     try:
-        options = parse(BankConfig, argv, "m3 bank build", __doc__ or "")
+        options = read()
     except M3Error as error:
         wrong = error
     comm = _world()
@@ -46,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if wrong is not None:
             raise wrong if rank == 0 else ToldError(str(wrong))
-        line = _build(options, comm)
+        line = do(options, comm)
     except ToldError:
         sys.exit(2)
     except BaseException as error:
@@ -76,9 +81,13 @@ def _world() -> Any:
     return MPI.COMM_WORLD
 
 
-def _build(options: BankConfig, comm: Any) -> str | None:
+def settle(comm: Any) -> int:
+    """Choose this rank's device, one thread, and no world of torch.distributed yet.
+
+    Returns:
+        Ranks on its machine.
+    """
     import torch
-    import torch.distributed as dist
     from mpi4py import MPI
 
     torch.set_num_threads(1)
@@ -89,6 +98,14 @@ def _build(options: BankConfig, comm: Any) -> str | None:
     from megatron_m3.platform import select
 
     select()
+    return int(local.size)
+
+
+def _build(options: BankConfig, comm: Any) -> str | None:
+    import torch.distributed as dist
+    from mpi4py import MPI
+
+    num_local = settle(comm)
     from megatron_m3.memory.build import build_bank
     from megatron_m3.platform.distributed import shut_down
 
@@ -96,8 +113,8 @@ def _build(options: BankConfig, comm: Any) -> str | None:
         return _plan(options, comm)
     had_world = dist.is_initialized()
     if options.tensor_parallel > 1:
-        _join_group(comm, options.tensor_parallel, is_one_machine=local.size == comm.size)
-    line = build_bank(options, comm, functools.partial(_load, tensor=options.tensor_parallel),
+        _join_group(comm, options.tensor_parallel, is_one_machine=num_local == comm.size)
+    line = build_bank(options, comm, functools.partial(load_alone, tensor=options.tensor_parallel),
                       begun=MPI.Finalize if comm.size > 1 else lambda: None)
     if not had_world:
         shut_down()
@@ -136,7 +153,8 @@ def _plan(options: BankConfig, comm: Any) -> str | None:
     return line
 
 
-def _load(folder: Path, tensor: int) -> "LoadedModel":
+def load_alone(folder: Path, tensor: int = 1) -> "LoadedModel":
+    """Read a checkpoint into this process, or its group of ``tensor`` processes."""
     from megatron_m3.model.checkpoint import load_model
 
     return load_model(folder, tensor=tensor)

@@ -1,5 +1,6 @@
 """The codec of a bank that is being built: an earlier one, or a new one, trained on memories that all ranks encode."""
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from megatron_m3.errors import M3Error
 from megatron_m3.manifest import atomic_folder
-from megatron_m3.memory.claims import Claims
+from megatron_m3.memory.claims import CLAIMS, Claims
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.codecs import load_codec, train_codec
 from megatron_m3.memory.sensitivity import Sensitivity
@@ -23,24 +24,27 @@ if TYPE_CHECKING:
     from megatron_m3.memory.build import BankJob
 
 
-def prepare_codec(job: "BankJob", crew: Crew, place: Path, claims: Claims) -> Codec:
+def prepare_codec(job: "BankJob", crew: Crew, place: Path) -> Codec:
     """The codec in ``place``; trained by rank 0 if no job has done so, or is doing so. Every rank calls this.
 
     Raises:
         M3Error: the sample is too small, the model has diverged, or the codec there is damaged.
     """
-    if crew.comm.bcast(_must_train(place, claims) if crew.rank == 0 else None):
-        sample = _encode_sample(job, crew)
+    with contextlib.ExitStack() as stack:
         with agree(crew.comm):
-            if crew.rank == 0:
-                try:
-                    _train(job, crew, sample, place)
-                finally:
-                    crew.tell(None)
-                    claims.release(place.name)
-            elif crew.group == 0:
-                while crew.tell(None) == "sensitivity":
-                    job.sensitivity()
+            claims = stack.enter_context(Claims(place.parent / CLAIMS))
+        if crew.comm.bcast(_must_train(place, claims) if crew.rank == 0 else None):
+            sample = _encode_sample(job, crew)
+            with agree(crew.comm):
+                if crew.rank == 0:
+                    try:
+                        _train(job, crew, sample, place)
+                    finally:
+                        crew.tell(None)
+                        claims.release(place.name)
+                elif crew.group == 0:
+                    while crew.tell(None) == "sensitivity":
+                        job.sensitivity()
     with agree(crew.comm):
         return load_codec(place, job.memory_lists)[0]
     raise AssertionError("agree raises what the block did")

@@ -26,9 +26,10 @@ from megatron_m3.manifest import Manifest, read_manifest, write_manifest
 from megatron_m3.manifest.blocks import JOB
 from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, ShardFolder, head_list
 from megatron_m3.memory.bank_codec import prepare_codec
-from megatron_m3.memory.claims import Claims
+from megatron_m3.memory.claims import CLAIMS, Claims
 from megatron_m3.memory.codec import KIND as CODEC_KIND
 from megatron_m3.memory.codec import SCHEMA as CODEC_SCHEMA
+from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.codecs import SampleSize, check_codec, load_codec, resolve_codec, token_bytes
 from megatron_m3.memory.encode import LateMemories, start_encoding
 from megatron_m3.memory.sensitivity import Sensitivity, measure_sensitivity
@@ -39,11 +40,7 @@ from megatron_m3.memory.write import GROUP, write_blocks
 from megatron_m3.model.checkpoint import LoadedModel, ModelDescription
 from megatron_m3.references import ReferenceStore
 
-__all__ = ["GROUP", "BankJob", "BankOrder", "build_bank"]
-
-CLAIMS = ".claims"
-"""Folder in a bank's folder, while the bank is being built."""
-
+__all__ = ["GROUP", "BankJob", "BankOrder", "build_bank", "write_missing"]
 
 @dataclass(frozen=True, kw_only=True)
 class BankOrder[Model: ModelDescription]:
@@ -183,29 +180,19 @@ def build_bank(
     Raises:
         M3Error: the first that met it; ToldError: on the other ranks.
     """
-    with contextlib.ExitStack() as stack:
-        with agree(comm):
-            crew = Crew(comm, options.tensor_parallel)
-            job = BankJob.open(options, load)
-            if crew.rank == 0:
-                check_space(measure_space(job.planned_settings(), job.key, job.folder,
-                                          codec_shared=options.codec_shared))
-        crew.join()
-        folder = _begin_folder(job, comm)
-        with agree(comm):
-            claims = stack.enter_context(Claims(folder.folder / CLAIMS))
-            if crew.rank == 0:
-                _clear(folder.folder, claims)
-        codec = prepare_codec(job, crew, folder.folder / CODEC, claims)
-        settings = job.settings(codec.name, codec.token_bytes)
-        missing = _find_missing(comm, folder, settings.num_blocks)
-        run = stack.enter_context(Run(claims.folder, comm.bcast(claims.owner)))
-        comm.Barrier()
-        begun()
-        blocks = OpenBlocks(folder, claims, run, missing, first=crew.group * len(missing) // crew.num_groups)
-        write_blocks(job, crew, blocks, codec, settings)
-        if crew.leads:
-            _finish(job, crew, folder, settings, claims)
+    with agree(comm):
+        crew = Crew(comm, options.tensor_parallel)
+        job = BankJob.open(options, load)
+        if crew.rank == 0:
+            check_space(measure_space(job.planned_settings(), job.key, job.folder,
+                                      codec_shared=options.codec_shared))
+    crew.join()
+    folder = _begin_folder(job, comm)
+    codec = prepare_codec(job, crew, folder.folder / CODEC)
+    settings = job.settings(codec.name, codec.token_bytes)
+    write_missing(job, crew, folder, codec, settings, begun=begun)
+    if crew.leads:
+        _finish(job, crew, folder, settings)
     if crew.rank:
         return None
     total = len(job.references) * settings.record.record_bytes
@@ -214,10 +201,12 @@ def build_bank(
 
 
 def _begin_folder(job: BankJob, comm: Any) -> ShardFolder:
-    """The bank's folder, begun by rank 0."""
+    """The bank's folder, begun by rank 0 and cleared of what killed processes left half-written."""
     with agree(comm):
         if comm.rank == 0:
             ShardFolder(job.folder, job.key)
+            with Claims(job.folder / CLAIMS) as claims:
+                _clear(job.folder, claims)
     return ShardFolder(job.folder, job.key)
 
 
@@ -231,6 +220,29 @@ def _clear(folder: Path, claims: Claims, *, is_over: bool = False) -> None:
     claims.clear()
 
 
+def write_missing(
+    job: BankJob, crew: Crew, folder: ShardFolder, codec: Codec, settings: BankSettings, *,
+    begun: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the shards that are not there or damaged, with all ranks of ``crew``; returns when all are there.
+
+    ``begun`` is called when the ranks need not talk to each other any more.
+
+    Raises:
+        M3Error: the first that met it; ToldError: on the other ranks.
+    """
+    missing = _find_missing(crew.comm, folder, settings.num_blocks)
+    with contextlib.ExitStack() as stack:
+        with agree(crew.comm):
+            claims = stack.enter_context(Claims(folder.folder / CLAIMS))
+        run = stack.enter_context(Run(claims.folder, crew.comm.bcast(claims.owner)))
+        crew.comm.Barrier()
+        begun()
+        blocks = OpenBlocks(folder, claims, run, missing, first=crew.group * len(missing) // crew.num_groups)
+        write_blocks(job, crew, blocks, codec, settings)
+        Run.clear(claims.folder)
+
+
 def _find_missing(comm: Any, folder: ShardFolder, num_blocks: int) -> list[int]:
     """Shards to be written: those that are not there, and those that are damaged; the ranks share the reading."""
     mine: list[int] = []
@@ -242,20 +254,24 @@ def _find_missing(comm: Any, folder: ShardFolder, num_blocks: int) -> list[int]:
     return sorted(itertools.chain.from_iterable(comm.allgather(mine)))
 
 
-def _finish(job: BankJob, crew: Crew, folder: ShardFolder, settings: BankSettings, claims: Claims) -> None:
-    """Write the manifest, unless it is there already, and remove what served the building."""
-    path, is_mine = folder.folder / MANIFEST, False
-    while not path.exists():
-        is_mine = claims.take(path.stem)
-        if is_mine:
-            codec_files = read_manifest(folder.folder / CODEC, CODEC_KIND, CODEC_SCHEMA).files
-            files = folder.files(settings.num_blocks) | {f"{CODEC}/{name}": entry
-                                                         for name, entry in codec_files.items()}
-            inputs = job.inputs | {"codec": load_codec(folder.folder / CODEC)[1]}
-            write_manifest(folder.folder, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs,
-                                                   settings=settings.to_dict(), files=files))
-        else:
-            time.sleep(POLL_SECONDS)
-    if is_mine or crew.rank == 0:
-        Run.clear(claims.folder)
-        _clear(folder.folder, claims, is_over=True)
+def _finish(job: BankJob, crew: Crew, folder: ShardFolder, settings: BankSettings) -> None:
+    """Write the manifest, unless it is there already, and remove what killed processes left."""
+    with Claims(folder.folder / CLAIMS) as claims:
+        path, is_mine = folder.folder / MANIFEST, False
+        while not path.exists():
+            is_mine = claims.take(path.stem)
+            if is_mine:
+                _write_manifest(job, folder, settings)
+            else:
+                time.sleep(POLL_SECONDS)
+        if is_mine or crew.rank == 0:
+            _clear(folder.folder, claims, is_over=True)
+
+
+def _write_manifest(job: BankJob, folder: ShardFolder, settings: BankSettings) -> None:
+    place = folder.folder / CODEC
+    codec_files = read_manifest(place, CODEC_KIND, CODEC_SCHEMA).files
+    files = folder.files(settings.num_blocks) | {f"{CODEC}/{name}": entry for name, entry in codec_files.items()}
+    inputs = job.inputs | {"codec": load_codec(place)[1]}
+    write_manifest(folder.folder, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings.to_dict(),
+                                           files=files))

@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from typing import Self
 
+CLAIMS = ".claims"
+"""Folder in the folder of a bank that is being built."""
 SIGN_SECONDS = 5.0
 """Most time between two signs of life."""
 EXPIRY_SECONDS = 60.0
