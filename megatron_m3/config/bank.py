@@ -37,6 +37,8 @@ class BankConfig:
     """References in a shard, the piece of work of a rank."""
     batch_tokens: int = 8192
     """Most tokens, padding included, in one forward pass."""
+    tensor_parallel: int = 1
+    """Consecutive ranks that hold one model together; last bits of a bank depend on it."""
     plan: bool = False
     """Print what the build would take (bytes, FLOPs, time) and write nothing; under mpiexec, for that many ranks."""
     plan_tflops: float = 0.0
@@ -47,7 +49,7 @@ class BankConfig:
     """With --plan: print JSON."""
 
     def __post_init__(self) -> None:
-        for name in ("codec_sample", "block_size", "batch_tokens"):
+        for name in ("codec_sample", "block_size", "batch_tokens", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.plan_tflops < math.inf:

@@ -48,6 +48,11 @@ def map_block(path: Path) -> dict[str, np.ndarray]:
         raise ArtifactError(f"{path}: not a readable block file ({error}); make it again") from None
 
 
+def _is_half_written(path: Path) -> bool:
+    """Whether :func:`atomic_path` left it when its process was killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 def _read_json(path: Path, fields: set[str], otherwise: str) -> dict[str, Any]:
     """A JSON object that has ``fields``; ``otherwise`` says what it should be and the mend."""
     try:
@@ -119,7 +124,7 @@ class BlockFolder:
             return True
         if folder.exists() and not folder.is_dir():
             raise ArtifactError(f"{folder}: is a file; choose another folder")
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and not all(_is_half_written(path) for path in folder.iterdir()):
             raise ArtifactError(f"{folder}: not empty, and not begun by this job; choose another folder")
         return False
 
@@ -134,6 +139,10 @@ class BlockFolder:
             return False
         recorded = self.entry(index)
         return recorded["bytes"] == path.stat().st_size and (not checksum or hash_file(path) == recorded)
+
+    def discard(self, index: int) -> None:
+        """Let block ``index`` count as not written: its record goes, and with it what :meth:`done` says."""
+        (self.folder / self.name(index)).with_suffix(".json").unlink(missing_ok=True)
 
     def missing(self, num_blocks: int) -> list[int]:
         """Blocks that are still to be written."""

@@ -17,6 +17,7 @@ from megatron_m3.errors import ArtifactError, DataError, M3Error
 from megatron_m3.manifest import Manifest, atomic_path, hash_file, read_manifest, write_manifest
 from megatron_m3.manifest.lock import FolderLock
 from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, MemoryBank, ShardFolder, is_as_built
+from megatron_m3.memory.claims import CLAIMS
 from megatron_m3.memory.edits import EDIT, EMPTY, FOLDED
 from megatron_m3.memory.record import RecordLayout
 from megatron_m3.platform.progress import Progress
@@ -88,8 +89,11 @@ class BankWriter:
         """Remove what killed writers left: files that the manifest does not name, but those in the folder ``keep``."""
         named = set(self.bank.manifest.files)
         folders = {name.partition("/")[0] for name in named} | {keep}
-        for path in self.folder.glob("**/.*.tmp"):
-            path.unlink(missing_ok=True)
+        for path in [*self.folder.glob("**/.*.tmp"), *self.folder.glob(f"{EDIT}*/{CLAIMS}")]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         for path in [*self.folder.glob(f"{EDIT}*"), *self.folder.glob(f"{FOLDED}*")]:
             if path.name not in folders:
                 shutil.rmtree(path, ignore_errors=True)

@@ -42,6 +42,10 @@ class ExplicitMemories:
             kv = kv.pin_memory()
         return replace(self, kv=kv.to(device, non_blocking=True))
 
+    def cpu(self) -> "ExplicitMemories":
+        """The memories on the CPU."""
+        return ExplicitMemories(kv=self.kv.cpu(), positions=self.positions.cpu(), num_kept=self.num_kept.cpu())
+
     def kept_positions(self, row: int) -> np.ndarray:
         """Places of the kept tokens in the reference of ``row``, int16 [L, G, kept]."""
         return self.positions[row, :, :, : int(self.num_kept[row])].numpy()

@@ -17,7 +17,7 @@ from megatron_m3.memory.build import BankJob, write_missing
 from megatron_m3.memory.editing import BankWriter, Files, check_room, records_of, touched_shards
 from megatron_m3.memory.edits import EDIT, EditFolder, shard_name
 from megatron_m3.memory.verify import built_batch_tokens
-from megatron_m3.memory.work import agree
+from megatron_m3.memory.work import Crew, agree
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.platform.progress import Progress
 from megatron_m3.references import Edit, ReferenceStore, SelectedReferences, format_ids
@@ -123,6 +123,7 @@ def _encode(
     """Write the new records with all ranks; the name of their folder and its files."""
     settings = replace(bank.settings, num_references=len(plan.written), edits=None)
     with agree(comm):
+        crew = Crew(comm)
         if checkpoint is None:
             raise ConfigError(f"checkpoint: missing; {len(plan.written):,} references are to be encoded, give the "
                               "bank's model")
@@ -142,7 +143,7 @@ def _encode(
             left = sum(len(settings.block(index)) for index in shards.missing(settings.num_blocks))
             check_room(bank.folder, left * bank.record_bytes)
     shards = ShardFolder(bank.folder / name, key)
-    write_missing(job, comm, shards, bank.codec, settings)
+    write_missing(job, crew, shards, bank.codec, settings)
     return name, shards.files(settings.num_blocks) if writer else {}
 
 
