@@ -205,3 +205,36 @@ def test_the_evaluation_filter_drops_what_the_prompt_gives_away(loaded, retrieve
         assert own in {reference.id for reference in other.chunks[0].references}
         assert all(own != reference.id for chunk in one.chunks for reference in chunk.references)
         assert len(one.chunks[0].references) == len(other.chunks[0].references)
+
+
+class Without:
+    """A retriever whose results are missing where they are some references."""
+
+    def __init__(self, retriever, ids):
+        self.inner, self.ids, self.references = retriever, ids, retriever.references
+
+    def retrieve(self, chunks, k):
+        found = self.inner.retrieve(chunks, k)
+        return found._replace(valid=found.valid & ~np.isin(found.ids, self.ids))
+
+
+def test_memories_deleted_from_the_bank_are_not_read(loaded, retriever, tmp_path):
+    """The index still finds them; nothing takes their place, and they do not count as read."""
+    from megatron_m3.inference.engine import Engine
+    from megatron_m3.memory import MemoryBank, WarmSource
+    from megatron_m3.memory.editing import delete_references
+
+    source, prompts = warm(loaded, retriever, tmp_path), prompts_of(loaded, [5, 11])
+    before, read = Engine(loaded, retriever, source).generate_tokens(prompts, 10, stop_at_eos=False)
+    deleted = np.unique([ref.id for one in before for chunk in one.chunks for ref in chunk.references[:1]])
+    delete_references(tmp_path / "bank", deleted)
+    source = WarmSource(MemoryBank.open(tmp_path / "bank"))
+    after, left = Engine(loaded, retriever, source).generate_tokens(prompts, 10, stop_at_eos=False)
+    assert not {ref.id for one in after for chunk in one.chunks for ref in chunk.references} & set(deleted.tolist())
+    assert not left.seen & set(deleted.tolist())
+    assert 0 < left.references_read < read.references_read
+    for prompt, one in zip(prompts, after, strict=True):
+        assert one.tokens == generate_by_definition(loaded, Without(retriever, deleted), prompt, 10)
+    delete_references(tmp_path / "bank", np.arange(NUM_REFERENCES))
+    source = WarmSource(MemoryBank.open(tmp_path / "bank"))
+    assert Engine(loaded, retriever, source).generate_tokens(prompts, 10)[1].references_read == 0
