@@ -23,7 +23,7 @@ def plot_bank(path: Path, stats: BankStats, title: str) -> None:
     told = bool(stats.tokens)
     figure = Figure(figsize=(13, 8.4 if told else 5.4), dpi=144, layout="constrained")
     figure.suptitle(f"{title}: {stats.references:,} memories, {stats.bytes / 2**20:,.1f} MiB", fontsize=13)
-    rows = figure.subfigures(3 if told else 2, 1, height_ratios=[0.8, 3.4, 3][: 3 if told else 2])
+    rows: Any = figure.subfigures(3 if told else 2, 1, height_ratios=[0.8, 3.4, 3][: 3 if told else 2])
     _bytes(rows[0].subplots(), stats)
     axes = rows[1].subplots(1, 3, width_ratios=[1.6, 1, 1])
     _places(rows[1], axes[0], stats)
