@@ -11,7 +11,7 @@ import torch
 
 from megatron_m3.errors import M3Error
 from megatron_m3.manifest import atomic_folder
-from megatron_m3.memory.claims import CLAIMS, Claims
+from megatron_m3.manifest.claims import CLAIMS, Claims
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.codecs import load_codec, train_codec
 from megatron_m3.memory.sensitivity import Sensitivity
