@@ -23,6 +23,9 @@ from megatron_m3.platform.progress import Progress
 if TYPE_CHECKING:
     from megatron_m3.memory.build import BankJob
 
+MEASURED = 256
+"""References of the sample on which the codec's error is measured."""
+
 
 def prepare_codec(job: "BankJob", crew: Crew, place: Path) -> Codec:
     """The codec in ``place``; trained by rank 0 if no job has done so, or is doing so. Every rank calls this.
@@ -71,7 +74,7 @@ def _train(job: "BankJob", crew: Crew, sample: ExplicitMemories, place: Path) ->
     codec = train_codec(job.options.codec, sample, held_LG=job.memory_lists, dtype=dtype,
                         shared=job.options.codec_shared, sensitivity=sensitivity)
     if job.options.codec != "none":
-        key, value = codec.errors(sample)
+        key, value = codec.errors(sample[:: -(-len(sample) // MEASURED)])
         keys = len(sample.vectors(0, job.memory_lists))
         why = f" (auto: what {keys:,} keys can train)" * (job.options.codec == "auto")
         print(f"codec {codec.name}{why}: {codec.token_bytes} bytes for a key and value of {head_size} "

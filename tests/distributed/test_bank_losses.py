@@ -9,8 +9,8 @@ import pytest
 from tests.bank_jobs import JOB, NUM_SHARDS, claimed, digest, finished, ranks_of, started, wait_until
 
 RANKS = 2
-OPEN = 2
-"""Most shards that a rank has open: one that the model works at, and one before or behind it."""
+OPEN = 6
+"""Most shards that a rank has open, as each is one group here: one with the model, three before it, two behind it."""
 
 
 @pytest.mark.parametrize("seed", [0])
