@@ -11,7 +11,7 @@ import torch
 
 from megatron_m3.errors import M3Error
 from megatron_m3.manifest import atomic_folder
-from megatron_m3.memory.claims import CLAIMS, Claims
+from megatron_m3.manifest.claims import CLAIMS, Claims
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.codecs import load_codec, train_codec
 from megatron_m3.memory.sensitivity import Sensitivity
@@ -22,6 +22,9 @@ from megatron_m3.platform.progress import Progress
 
 if TYPE_CHECKING:
     from megatron_m3.memory.build import BankJob
+
+MEASURED = 256
+"""References of the sample on which the codec's error is measured."""
 
 
 def prepare_codec(job: "BankJob", crew: Crew, place: Path) -> Codec:
@@ -76,7 +79,7 @@ def _train(job: "BankJob", crew: Crew, sample: ExplicitMemories, place: Path) ->
     codec = train_codec(job.options.codec, sample, held_LG=job.memory_lists, dtype=dtype,
                         shared=job.options.codec_shared, sensitivity=sensitivity)
     if job.options.codec != "none":
-        key, value = codec.errors(sample)
+        key, value = codec.errors(sample[:: -(-len(sample) // MEASURED)])
         keys = len(sample.vectors(0, job.memory_lists))
         why = f" (auto: what {keys:,} keys can train)" * (job.options.codec == "auto")
         print(f"codec {codec.name}{why}: {codec.token_bytes} bytes for a key and value of {head_size} "

@@ -25,9 +25,9 @@ from megatron_m3.config.bank import BankConfig
 from megatron_m3.errors import ArtifactError, ConfigError, DataError
 from megatron_m3.manifest import Manifest, read_manifest, write_manifest
 from megatron_m3.manifest.blocks import JOB
+from megatron_m3.manifest.claims import CLAIMS, Claims
 from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, ShardFolder, head_list
 from megatron_m3.memory.bank_codec import prepare_codec
-from megatron_m3.memory.claims import CLAIMS, Claims
 from megatron_m3.memory.codec import KIND as CODEC_KIND
 from megatron_m3.memory.codec import SCHEMA as CODEC_SCHEMA
 from megatron_m3.memory.codec import Codec

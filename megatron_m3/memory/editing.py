@@ -15,9 +15,9 @@ import torch
 
 from megatron_m3.errors import ArtifactError, DataError, M3Error
 from megatron_m3.manifest import Manifest, atomic_path, hash_file, read_manifest, write_manifest
+from megatron_m3.manifest.claims import CLAIMS
 from megatron_m3.manifest.lock import FolderLock
 from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, MemoryBank, ShardFolder, is_as_built
-from megatron_m3.memory.claims import CLAIMS
 from megatron_m3.memory.edits import EDIT, EMPTY, FOLDED
 from megatron_m3.memory.record import RecordLayout
 from megatron_m3.platform.progress import Progress

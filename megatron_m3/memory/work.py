@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_m3.errors import ConfigError, M3Error, ToldError, user_message
+from megatron_m3.manifest.claims import Claims
 from megatron_m3.memory.bank import ShardFolder
-from megatron_m3.memory.claims import Claims
 
 POLL_SECONDS = 0.05
 MOST_POLL_SECONDS = 1.0

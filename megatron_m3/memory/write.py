@@ -17,8 +17,8 @@ from megatron_m3.errors import ToldError
 from megatron_m3.memory.bank import BankSettings
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.encode import LateMemories
-from megatron_m3.memory.pipeline import Behind, read_ahead
 from megatron_m3.memory.work import Crew, OpenBlocks
+from megatron_m3.platform.pipeline import Behind, read_ahead
 from megatron_m3.platform.progress import Progress
 from megatron_m3.references import ReferenceStore
 
