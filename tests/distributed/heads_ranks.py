@@ -3,22 +3,36 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from megatron_m3.memory.storage import LocalStorage
 from megatron_m3.platform import select
 
 
+class CountingStorage(LocalStorage):
+    """A folder, and the bytes that were read from it."""
+
+    bytes = 0
+
+    def read(self, name: str, offset: int, buffers: Sequence[np.ndarray]) -> None:
+        """Read and count."""
+        super().read(name, offset, buffers)
+        self.bytes += sum(buffer.nbytes for buffer in buffers)
+
+
 def main() -> None:
-    """``heads_ranks FOLDER``: reads a run, a bank and a knowledge base there, writes what rank 0 generates."""
+    """``heads_ranks FOLDER BANK``: reads a run, a bank and a knowledge base there, writes what rank 0 generates."""
     torch.set_num_threads(1)
     select()
     import torch.distributed as dist
 
     from megatron_m3.inference.engine import Engine
-    from megatron_m3.inference.forward import local_kv_heads
+    from megatron_m3.inference.forward import delivery, local_kv_heads
     from megatron_m3.memory import MemoryBank, WarmSource
     from megatron_m3.model.checkpoint import load_model
     from megatron_m3.platform.distributed import shut_down
@@ -27,16 +41,17 @@ def main() -> None:
 
     folder = Path(sys.argv[1])
     loaded = load_model(folder / "run", tensor=int(os.environ["WORLD_SIZE"]))
-    bank = MemoryBank.open(folder / "bank", weights_hash=loaded.weights_hash)
+    bank = MemoryBank.open(folder / sys.argv[2], weights_hash=loaded.weights_hash)
     loaded = replace(loaded, config=bank.configure(loaded.config))
     mine, ids = local_kv_heads(loaded.config), list(range(0, len(bank), 3))
     part, whole = bank.read(ids, kv_heads=mine), bank.read(ids)
     assert torch.equal(part.kv, whole.kv[:, :, :, mine])
-    bytes_read = bank.record.codes(mine)
-    assert bytes_read.stop - bytes_read.start == int(bank.record.held_LG[:, mine].sum()) * bank.record.list_bytes
     retriever = Retriever.open(folder / "index", folder / "references", loaded.tokenizer)
-    engine = Engine(loaded, retriever, WarmSource(bank))
-    found, _ = engine.generate([sentence(seed, 9) for seed in range(3)], 20, stop_at_eos=False)
+    bank.reader.storage = counting = CountingStorage(bank.folder)
+    engine = Engine(loaded, retriever, WarmSource(bank, delivery(loaded)), prefetch_tokens=3)
+    found, statistics = engine.generate([sentence(seed, 9) for seed in range(3)], 20, stop_at_eos=False)
+    assert counting.bytes == bank.record.part(mine)[0].record_bytes * len(statistics.seen)
+    assert counting.bytes < bank.record_bytes * len(statistics.seen) * 0.55 * 2 / dist.get_world_size()
     if dist.get_rank() == 0:
         (folder / "generated.json").write_text(json.dumps([one.tokens for one in found]))
     shut_down()
