@@ -1,6 +1,8 @@
 """A web server of a folder that serves byte ranges, and can misbehave in named ways."""
 
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,3 +83,20 @@ def serve(folder: Path) -> Iterator[RangeServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def in_a_process(folder: Path) -> Iterator[str]:
+    """Serve ``folder`` from another process for the length of a block; its address."""
+    code = ("import sys; from pathlib import Path; from tests.range_server import serve\n"
+            "with serve(Path(sys.argv[1])) as served: print(served.address, flush=True); sys.stdin.read()")
+    server = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              text=True)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    try:
+        yield server.stdout.readline().strip()
+    finally:
+        server.stdin.close()
+        server.wait()
+        server.stdout.close()

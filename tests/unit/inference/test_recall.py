@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_m3.errors import ConfigError
 from tests.dense_plan import recompute_plan
 from tests.knowledge import build_knowledge
 from tests.tiny_model import sentence, tiny_model
@@ -180,6 +181,38 @@ def test_every_chunk_says_what_it_read(loaded, retriever, engine):
     assert statistics.references_read == sum(len(chunk.references) for chunk in one.chunks) - inherited
     assert statistics.to_dict()["generated_tokens"] == 20
     assert "kept_positions" not in str(one.to_dict())
+
+
+def test_reading_ahead_changes_speed_alone(loaded, retriever, tmp_path):
+    from megatron_m3.inference.engine import Engine
+    from megatron_m3.inference.sampling import Sampling
+    from megatron_m3.memory import MemoryBank, WarmSource
+
+    folder = warm(loaded, retriever, tmp_path).bank.folder
+    prompts, outputs = [prompts_of(loaded, [1])[0]] * 8, []
+    for tokens in (0, 2, 7):
+        engine = Engine(loaded, retriever, WarmSource(MemoryBank.open(folder)), prefetch_tokens=tokens)
+        found, statistics = engine.generate_tokens(prompts, 35, Sampling(temperature=9.0), stop_at_eos=False)
+        outputs.append(([one.to_dict() for one in found], statistics))
+    (plain, none), *others = outputs
+    assert none.prefetched == 0
+    for one, statistics in others:
+        assert one == plain
+        assert statistics.prefetched >= statistics.prefetched_useful > 0
+        assert statistics.to_dict()["prefetched_wasted"] == statistics.prefetched - statistics.prefetched_useful
+        assert statistics.cache_misses < none.cache_misses
+    for wrong in (-1, 8):
+        with pytest.raises(ConfigError, match=f"prefetch_tokens={wrong}: must be 0"):
+            Engine(loaded, retriever, WarmSource(MemoryBank.open(folder)), prefetch_tokens=wrong)
+
+
+def test_errors_of_the_retrieval_ahead_are_raised_by_the_next_recall(loaded, retriever, engine):
+    from megatron_m3.inference.generation import Statistics
+
+    engine.recall.look_ahead([["no token"]], [[]])
+    with pytest.raises(ValueError, match="no token"):
+        engine.recall([[5]], [[5]], Statistics())
+    assert len(engine.recall([[5]], [[5]], Statistics()).rows) == 1
 
 
 def test_slots_of_missing_results_stay_empty(loaded, retriever):

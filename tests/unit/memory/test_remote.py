@@ -193,6 +193,6 @@ def test_several_readers_use_one_folder_at_the_same_time(bank, server, tmp_path)
 
 def test_a_folder_that_cannot_be_written_is_refused(bank, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="file: .*; give another folder for records"):
+    with pytest.raises(ConfigError, match=r"file: .*; give another folder for records"):
         open_bank(bank.folder).keep_in(tmp_path / "file")
     assert os.listdir(tmp_path) == ["file"]
