@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from megatron_m3.errors import ArtifactError
-from megatron_m3.manifest.lock import NAME, FolderLock, read_owner
+from megatron_m3.manifest.lock import NAME, FolderLock, Owner, read_owner
 from tests.launcher import ROOT
 
 HOLD = """
@@ -155,4 +155,24 @@ def test_many_processes_never_have_it_together(tmp_path):
     said = "".join(racer.communicate(timeout=120)[1] for racer in racers)
     assert [racer.returncode for racer in racers] == [0] * 4, said
     assert said.count("takes over the lock") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_that_was_faster_keeps_its_lock(tmp_path, monkeypatch, capfd):
+    """Two find the same dead owner; one takes over just before the other would."""
+    with held(tmp_path) as process:
+        process.kill()
+        process.wait()
+    faster = FolderLock(tmp_path, "faster")
+
+    def is_gone(owner):
+        monkeypatch.undo()
+        faster.__enter__()
+        return True
+
+    monkeypatch.setattr(Owner, "is_gone", is_gone)
+    with pytest.raises(ArtifactError, match="locked by `faster`"), FolderLock(tmp_path, "me"):
+        pass
+    faster.check()
+    faster.__exit__(None, None, None)
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_m3.errors import ArtifactError
 from tests.edited_banks import compact, copy_of, delete, digest, open_bank, records
 
 
@@ -132,3 +133,26 @@ def test_a_full_disk_leaves_the_bank_as_it_was(updated, tmp_path):
     assert all(name.endswith(".json") for name in after.keys() - before.keys())
     compact(bank)
     assert "folded" in next(iter(open_bank(bank, check=True).places.shards))
+
+
+def test_a_writer_that_stood_still_does_not_undo_what_another_did(built, tmp_path):
+    from megatron_m3.memory.editing import BankWriter
+
+    bank = copy_of(built / "coded", tmp_path)
+    with BankWriter(bank, "asleep") as asleep:
+        asleep.lock._stop.set()
+        asleep.lock._beat.join()
+        asleep.lock._write(0)
+        delete(bank, [8])
+        after = digest(bank)
+        with pytest.raises(ArtifactError, match="another process took the lock"):
+            asleep.commit(asleep.bank.settings, asleep.bank.manifest.files)
+        assert digest(bank) == after
+    with BankWriter(bank, "late") as late:
+        late.lock.path.rename(tmp_path / "aside")
+        delete(bank, [9])
+        (tmp_path / "aside").rename(late.lock.path)
+        after = digest(bank)
+        with pytest.raises(ArtifactError, match="another process changed the bank meanwhile"):
+            late.commit(late.bank.settings, late.bank.manifest.files)
+        assert digest(bank) == after
