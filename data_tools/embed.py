@@ -126,12 +126,13 @@ def block_ids(references: "ReferenceStore", index: int) -> range:
 
 def write_block(folder: BlockFolder, index: int, embedder: "Embedder", references: "ReferenceStore",
                 advance: Callable[[int], None]) -> None:
-    """Embed the references of block ``index`` and write their vectors, float32 [N, size]."""
+    """Embed the references of block ``index`` and write their vectors, float32 [N, size]; 0 for deleted ones."""
     import numpy as np
 
     parts = []
     for ids in batched(block_ids(references, index), BATCH):
-        parts.append(embedder.embed(references.texts(ids)))
+        texts = references.texts(ids)
+        parts.append(embedder.embed(texts) * np.array([[text != ""] for text in texts], np.float32))
         advance(len(ids))
     folder.write(index, {"vectors": np.concatenate(parts)})
 

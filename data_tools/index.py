@@ -4,6 +4,7 @@ Few references are compared one by one (a flat index, exact). Many are put into 
 reads as many as the wanted recall takes, measured against exact search on a sample.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -93,6 +94,15 @@ class Embeddings:
             first += len(block)
         return vectors
 
+    def zeros(self) -> "np.ndarray":
+        """Ids of the vectors that are 0, int64: of deleted references and of texts with nothing to go by."""
+        import numpy as np
+
+        starts = itertools.accumulate(map(len, self.blocks()), initial=0)
+        found = [first + np.flatnonzero(~block.any(axis=1))
+                 for first, block in zip(starts, self.blocks(), strict=False)]
+        return np.concatenate(found)
+
     def sample(self, count: int) -> "np.ndarray":
         """``count`` vectors evenly spaced over all, or all if there are fewer."""
         import numpy as np
@@ -102,9 +112,11 @@ class Embeddings:
 
 def run(options: Options) -> None:
     """Build the index, measure it and write it; nothing is done when it is there already, made from the same inputs."""
+    import numpy as np
+
     from megatron_m3.references import ReferenceStore
     from megatron_m3.retrieval.embedder import copy_embedder
-    from megatron_m3.retrieval.index import EMBEDDER, FILE, KIND, SCHEMA, choose_factory
+    from megatron_m3.retrieval.index import EMBEDDER, FILE, KIND, NEVER_FOUND, SCHEMA, choose_factory
 
     output, references = Path(options.output), ReferenceStore.open(options.references)
     embeddings = Embeddings(Path(options.embeddings), references.hash)
@@ -118,6 +130,8 @@ def run(options: Options) -> None:
     print(f"index: {settings['factory']} ({why})", file=sys.stderr)
     with atomic_folder(output) as folder:
         info = build(options, settings["factory"], embeddings, folder / FILE)
+        if len(never := embeddings.zeros()):
+            np.save(folder / NEVER_FOUND, never)
         copy_embedder(embeddings.folder / "embedder", folder / EMBEDDER)
         files = {
             str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()

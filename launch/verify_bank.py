@@ -1,20 +1,23 @@
-"""`m3 bank verify`: check every checksum of a bank, and that a sample of it is what its model writes.
+"""`m3 bank verify`: check every checksum of a bank, or that a sample of it is what its model writes, or both.
 
     m3 bank verify --bank bank
     m3 bank verify --bank bank --sample 100 --checkpoint run --references references
+    m3 bank verify --bank bank --sample 100 --checkpoint run --references references --all
 
 With --sample, references are drawn uniformly, encoded again and passed through the bank's codec; their records must be
-the same bit for bit. Where the bank was built on another machine, last bits may differ: --tolerance 0.01 accepts
-decoded keys and values that are 1 % off, of the same tokens. Exit status 1 tells that records differ.
+the same bit for bit. Of the bank only their records are read then, unless --all asks for every checksum too. Where the
+bank was built on another machine, or by tensor-parallel groups, last bits may differ: --tolerance 0.01 accepts decoded
+keys and values that are 1 % off, of the same tokens. Exit status 1 tells that records differ.
 """
 
+import json
 import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch.build_bank import FOR_ONE_THREAD
 from megatron_m3.config import parse
@@ -35,6 +38,8 @@ class VerifyOptions:
     """Folder of the bank."""
     sample: int = 0
     """References that are encoded again and compared with their records; 0 compares checksums alone."""
+    all: bool = False
+    """With --sample: compare every checksum of the bank, too."""
     checkpoint: str = ""
     """With --sample: the checkpoint that the bank was built with, or the folder of its run."""
     references: str = ""
@@ -44,6 +49,8 @@ class VerifyOptions:
     tolerance: float = 0.0
     """With --sample: largest error of a head's decoded keys or values of a reference, as a share of their length, that
     is accepted where the tokens are the same; 0 accepts only the same bits."""
+    json: bool = False
+    """Print JSON."""
 
     def __post_init__(self) -> None:
         if self.sample < 0:
@@ -55,6 +62,8 @@ class VerifyOptions:
                 raise ConfigError(f"{name}: missing; --sample needs --checkpoint and --references")
             if getattr(self, name) and not self.sample:
                 raise ConfigError(f"{name}: only a sample is compared with it; add --sample 100")
+        if self.all and not self.sample:
+            raise ConfigError("all: every checksum is compared already; it goes with --sample")
         if self.tolerance and not self.sample:
             raise ConfigError("tolerance: checksums have none; add --sample 100")
 
@@ -69,13 +78,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     select()
     from megatron_m3.memory.bank import MemoryBank
 
-    bank = MemoryBank.open(options.bank, check=True)
-    print(f"{options.bank}: whole; {len(bank):,} memories in {bank.settings.num_blocks:,} shards", flush=True)
+    is_read = options.all or not options.sample
+    bank = MemoryBank.open(options.bank, check=is_read)
+    found: dict[str, Any] = {"bank": options.bank, "memories": len(bank), "shards": bank.settings.num_blocks,
+                             "checksums": is_read}
+    if not options.json:
+        state = "whole" if is_read else "all files have their sizes"
+        print(f"{options.bank}: {state}; {len(bank):,} memories in {bank.settings.num_blocks:,} shards", flush=True)
+    is_right = True
     if options.sample:
         report = _verify_sample(bank, options)
-        print(f"{options.bank}: {_describe(report, options.tolerance)}")
-        if not report.is_within(options.tolerance):
-            sys.exit(1)
+        is_right = report.is_within(options.tolerance)
+        found["sample"] = asdict(report) | {"tolerance": options.tolerance, "accepted": is_right}
+        if not options.json:
+            print(f"{options.bank}: {_describe(report, options.tolerance)}")
+    if options.json:
+        print(json.dumps(found, indent=2))
+    if not is_right:
+        sys.exit(1)
 
 
 def _verify_sample(bank: "MemoryBank", options: VerifyOptions) -> "SampleReport":

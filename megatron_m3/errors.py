@@ -29,6 +29,10 @@ class UnsupportedError(M3Error):
     """A feature that this system refuses by name."""
 
 
+class ToldError(M3Error):
+    """An error of a job of many processes that another process tells the user of."""
+
+
 def user_message(error: BaseException) -> str | None:
     """The one line that tells a user of ``error``; None where the error is not the user's but ours."""
     if isinstance(error, M3Error):

@@ -19,6 +19,8 @@ class BankConfig:
     codec: str = "auto"
     """none; auto (the paper's 14 bytes a vector if the sample suffices, else a smaller construction); KLT and the bytes
     of a key and value together, such as KLT40; or a FAISS factory string such as OPQ20_80,Residual2x14,PQ8x10."""
+    codec_from: str = ""
+    """Folder of a bank whose codec is taken instead of a new one; two banks can be merged if they share it."""
     codec_sample: int = 1024
     """References, drawn uniformly, that the codec is trained on."""
     codec_shared: bool = False
@@ -35,6 +37,8 @@ class BankConfig:
     """References in a shard, the piece of work of a rank."""
     batch_tokens: int = 8192
     """Most tokens, padding included, in one forward pass."""
+    tensor_parallel: int = 1
+    """Consecutive ranks that hold one model together; last bits of a bank depend on it."""
     plan: bool = False
     """Print what the build would take (bytes, FLOPs, time) and write nothing; under mpiexec, for that many ranks."""
     plan_tflops: float = 0.0
@@ -45,7 +49,7 @@ class BankConfig:
     """With --plan: print JSON."""
 
     def __post_init__(self) -> None:
-        for name in ("codec_sample", "block_size", "batch_tokens"):
+        for name in ("codec_sample", "block_size", "batch_tokens", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.plan_tflops < math.inf:
@@ -54,5 +58,7 @@ class BankConfig:
             raise ConfigError(f"plan_utilisation={self.plan_utilisation}: must be above 0 and at most 1")
         if self.json and not self.plan:
             raise ConfigError("json: only a plan is printed as JSON; add --plan")
+        if self.codec_from and self.codec != "auto":
+            raise ConfigError("codec: given by --codec-from; leave one of them out")
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must be 0 or more")

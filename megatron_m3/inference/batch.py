@@ -32,11 +32,14 @@ class Batch:
         max_new_tokens: int,
         *,
         stop_at_eos: bool,
+        prefetch_tokens: int = 0,
     ) -> None:
+        """``prefetch_tokens`` before the end of a chunk, what it may read is brought; 0: it is not."""
         self.loaded, self.config, self.recall = loaded, loaded.config, recall
         self.prompts, self.max_new_tokens = [list(prompt) for prompt in prompts], max_new_tokens
         self.chunk_length = self.config.memory.chunk_length
         self.prefix = list(loaded.prefix_ids) if recall else []
+        self.prefetch_tokens = prefetch_tokens if recall else 0
         self.eos = loaded.tokenizer.eos_id if stop_at_eos else None
         self.lengths = [1 + len(prompt) for prompt in self.prompts]
         self.tokens: list[list[int]] = [[] for _ in prompts]
@@ -108,11 +111,21 @@ class Batch:
         """Read the newest token of every sequence; the logits after it, [B, V]. A full chunk first recalls anew."""
         if self.recall and self.num_steps % self.chunk_length == 0:
             self._recall_generated(self.recall)
+        if self.recall and self.prefetch_tokens:
+            self._look_ahead(self.recall)
         started = time.perf_counter()
         self.cache.step()
         logits_BSV = logits(self.loaded.model, self.newest_B[:, None], self.cache, self.config.model.vocab_size)
         self.statistics.decode_seconds += time.perf_counter() - started
         return logits_BSV[:, -1]
+
+    def _look_ahead(self, recall: Recall) -> None:
+        """Some tokens before a chunk that will recall is full, begin to bring what it may read."""
+        is_time = -self.num_steps % self.chunk_length == self.prefetch_tokens
+        if is_time and self.num_steps + self.prefetch_tokens < self.max_new_tokens:
+            rows = [row for row, active in enumerate(self.active) if active]
+            begun = self.chunk_length - self.prefetch_tokens
+            recall.look_ahead([self.tokens[row][-begun:] for row in rows], [self.prompts[row] for row in rows])
 
     def generations(self) -> list[Generation]:
         """What was generated so far."""

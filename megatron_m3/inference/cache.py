@@ -86,7 +86,7 @@ class CachePlan:
             key_BMGD, value_BMGD = memories.key_values(layer)[:, :, 0].to(self.shape.dtype)
             self.keys[layer][rows_B, :, slots] = key_BMGD.transpose(1, 2)
             self.values[layer][rows_B, :, slots] = value_BMGD.transpose(1, 2)
-        valid_BM = memories.valid_slots()[:, 0]
+        valid_BM = memories.valid_slots[:, 0]
         shown_BM = torch.zeros(valid_BM.shape, dtype=self.shape.dtype, device=self.shape.device)
         self.mask_BT[rows_B, slots] = shown_BM.masked_fill_(~valid_BM, float("-inf"))
         self.all_slots_valid = not bool(torch.isinf(self.mask_BT[:, slots]).any())

@@ -25,15 +25,21 @@ class Engine:
 
     def __init__(
         self, loaded: LoadedModel, retriever: "Retriever | None" = None, source: "MemorySource | None" = None, *,
-        max_overlap: float | None = None,
+        max_overlap: float | None = None, prefetch_tokens: int = 0,
     ) -> None:
         """Without ``retriever`` and ``source`` there is no prefix either, and positions count from 0.
 
         ``max_overlap`` drops references that overlap more than this with the prompt (eq. 6; 2/3 in evaluations).
+        ``prefetch_tokens`` before a generated chunk ends, its text begins to bring what it may read; 0 waits for the
+        end. What is generated does not depend on it.
         """
         assert (retriever is None) == (source is None), "memory needs a retriever and a source"
         self.loaded, self.config = loaded, loaded.config
         self.recall: Recall | None = None
+        if not 0 <= prefetch_tokens < self.config.memory.chunk_length:
+            raise ConfigError(f"prefetch_tokens={prefetch_tokens}: must be 0 (none) or less than the "
+                              f"{self.config.memory.chunk_length} tokens of a chunk")
+        self.prefetch_tokens = prefetch_tokens
         if retriever is not None and source is not None:
             self.recall = Recall(
                 retriever,
@@ -79,10 +85,15 @@ class Engine:
         if not prompts:
             return [], Statistics()
         started = time.perf_counter()
-        batch = Batch(self.loaded, self.recall, prompts, max_new_tokens, stop_at_eos=stop_at_eos)
+        counts = replace(self.recall.source.counts) if self.recall else None
+        batch = Batch(self.loaded, self.recall, prompts, max_new_tokens, stop_at_eos=stop_at_eos,
+                      prefetch_tokens=self.prefetch_tokens)
         sampler = Sampler(sampling or Sampling(), prompts)
         logits_BV = batch.prefill()
         while batch.append(sampler.choose(logits_BV)):
             logits_BV = batch.step()
         batch.statistics.total_seconds = time.perf_counter() - started
+        if self.recall and counts:
+            self.recall.finish()
+            batch.statistics.count_reading(self.recall.source.counts.since(counts))
         return batch.generations(), batch.statistics

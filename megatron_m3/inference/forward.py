@@ -1,7 +1,7 @@
 """Forward passes that project only chosen positions to the vocabulary, and the kv heads of this process."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
@@ -9,7 +9,11 @@ from torch import Tensor
 
 from megatron_m3.config import Config
 from megatron_m3.model.attention import AttentionPlan
+from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.selection import local_memory_heads
+
+if TYPE_CHECKING:
+    from megatron_m3.memory import Delivery
 
 MAX_LOGITS = 1 << 24
 """Logits held at once when losses are computed."""
@@ -20,6 +24,14 @@ def local_kv_heads(config: Config) -> slice:
     count = config.model.num_kv_heads // config.parallel.tensor
     first = parallel_state.get_tensor_model_parallel_rank() * count
     return slice(first, first + count)
+
+
+def delivery(loaded: LoadedModel) -> "Delivery":
+    """How the attention of this process wants memories."""
+    from megatron_m3.memory import Delivery
+
+    parameter = next(loaded.model.parameters())
+    return Delivery(heads=local_kv_heads(loaded.config), device=parameter.device, dtype=parameter.dtype)
 
 
 def restricted_heads(config: Config) -> dict[int, Tensor]:

@@ -1,7 +1,10 @@
 """What a generation returns: the text, the tokens, and which references every chunk read."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from megatron_m3.memory import ReadCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,14 @@ class Statistics:
     """Reading, decoding or writing memories, and placing them in the cache."""
     references_read: int = 0
     cache_hits: int = 0
+    """Distinct memories that were in RAM, or on the device, when a recall fetched them."""
     cache_misses: int = 0
+    prefetched: int = 0
+    """Memories that were read ahead."""
+    prefetched_useful: int = 0
+    """Of these, those that a recall fetched."""
+    wait_seconds: float = 0.0
+    """Part of ``fetch_seconds`` in which a recall waited for what was being read ahead."""
     total_seconds: float = 0.0
     seen: set[int] = field(default_factory=set, repr=False)
 
@@ -70,6 +80,14 @@ class Statistics:
     def tokens_per_second(self) -> float:
         """Generated tokens in a second of the whole call."""
         return self.generated_tokens / self.total_seconds if self.total_seconds else 0.0
+
+    def count_reading(self, counts: "ReadCounts") -> None:
+        """Add what the memory source did."""
+        self.cache_hits += counts.decoded_hits + counts.record_hits
+        self.cache_misses += counts.misses
+        self.prefetched += counts.prefetched
+        self.prefetched_useful += counts.useful
+        self.wait_seconds += counts.wait_seconds
 
     def add(self, other: "Statistics") -> None:
         """Count another call's as well."""
@@ -83,5 +101,6 @@ class Statistics:
         """Plain JSON values."""
         result = {name: round(value, 6) if isinstance(value, float) else value for name, value in vars(self).items()}
         del result["seen"]
+        result["prefetched_wasted"] = self.prefetched - self.prefetched_useful
         result["distinct_references"] = len(self.seen)
         return result | {"tokens_per_second": round(self.tokens_per_second, 3)}

@@ -4,6 +4,7 @@ Legend of shape suffixes: T prefix and context, S sequence, B batch, C chunks, R
 M = R * K memory slots, N memories, Lm memory layers, H query heads, G kv heads, D head size.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ class ChunkMemories:
     layers: Mapping[int, int]
     """The memory layers: from a layer's number to its place in ``memories``."""
     heads: slice
-    """The kv heads of this process."""
+    """The kv heads of this process among those of ``memories``."""
     memory_heads: Mapping[int, Tensor] = field(default_factory=dict)
     """The kv heads of this process that read memories, bool [G], for memory layers in which not all do."""
 
@@ -42,8 +43,9 @@ class ChunkMemories:
         """M: kept tokens that a chunk reads at most."""
         return self.rows_BCR.shape[2] * self.memories.kv.shape[4]
 
+    @functools.cached_property
     def valid_slots(self) -> Tensor:
-        """Which memory slots hold a kept token."""
+        """Which memory slots hold a kept token, bool [B, C, M]."""
         slots_K = torch.arange(self.memories.kv.shape[4], device=self.rows_BCR.device)
         kept_N = self.memories.num_kept.to(self.rows_BCR.device)
         kept_BCR = kept_N[self.rows_BCR] if len(kept_N) else torch.zeros_like(self.rows_BCR)
@@ -59,14 +61,13 @@ class ChunkMemories:
         kv_XBCMGD = (
             kv_NXGKD[self.rows_BCR.flatten()].view(B, C, R, X, G, K, D).permute(3, 0, 1, 2, 5, 4, 6).flatten(3, 4)
         )
-        return kv_XBCMGD.masked_fill(~self.valid_slots()[None, ..., None, None], 0)
+        return kv_XBCMGD.masked_fill(~self.valid_slots[None, ..., None, None], 0)
 
     def valid_in(self, layer: int) -> Tensor:
         """Which slots of a memory layer are read, [B, C, M], or [B, C, M, G] where its heads differ."""
-        valid_BCM = self.valid_slots()
         if layer not in self.memory_heads:
-            return valid_BCM
-        return valid_BCM[..., None] & self.memory_heads[layer].to(valid_BCM.device)
+            return self.valid_slots
+        return self.valid_slots[..., None] & self.memory_heads[layer].to(self.valid_slots.device)
 
     def chunk(self, index_B: Tensor) -> "ChunkMemories":
         """The memories of one chunk of each sequence, as a :class:`ChunkMemories` with C = 1."""

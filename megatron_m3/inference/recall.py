@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,8 @@ class Recalled:
 
 
 class Recall:
-    """Chunks of tokens to memories. Results that the index does not have stay empty: they are never read."""
+    """Chunks of tokens to memories. Results that the index does not have stay empty, as do references that were deleted
+    from the bank: they are never read."""
 
     def __init__(
         self,
@@ -44,15 +46,21 @@ class Recall:
         device: torch.device,
         max_overlap: float | None = None,
     ) -> None:
-        """``max_overlap`` is the evaluation filter: references that overlap more with the prompt are passed over.
+        """``heads`` are the kv heads of this process, which ``source`` delivers, if not all.
+
+        ``max_overlap`` is the evaluation filter: references that overlap more with the prompt are passed over.
 
         ``memory_heads`` are those of each memory layer; ``restricted_heads`` is :attr:`ChunkMemories.memory_heads`.
         """
         self.retriever, self.source = retriever, source
-        self.references_per_chunk, self.heads, self.device = references_per_chunk, heads, device
+        self.references_per_chunk, self.device = references_per_chunk, device
+        first = source.delivery.heads.start or 0
+        self.heads = slice(heads.start - first, heads.stop - first)
         self.max_overlap, self.restricted_heads = max_overlap, restricted_heads
         self.layers = {layer: place for place, layer in enumerate(memory_heads)}
-        self.held = list(memory_heads.values())
+        self.held = [[head - first for head in heads] for heads in memory_heads.values()]
+        self._behind = ThreadPoolExecutor(1, thread_name_prefix="look ahead")
+        self._ahead: Future[None] | None = None
 
     def __call__(
         self, chunks: Sequence[Sequence[int]], questions: Sequence[Sequence[int]], statistics: Statistics
@@ -62,21 +70,38 @@ class Recall:
             none = np.zeros((0, self.references_per_chunk), dtype=np.int64)
             return Recalled(memories=self.source.fetch(none[:, 0]), rows=none, valid=none > 0, ids=none, scores=none)
         start = time.perf_counter()
+        self.finish()
         found = self._retrieve(chunks, questions)
         retrieved = time.perf_counter()
         distinct, inverse = np.unique(found.ids[found.valid], return_inverse=True)
         rows = np.zeros(found.ids.shape, dtype=np.int64)
         rows[found.valid] = inverse
-        cache = self.source.cache
-        hits, misses = cache.hits, cache.misses
         memories = self.source.fetch(distinct)
-        statistics.cache_hits += cache.hits - hits
-        statistics.cache_misses += cache.misses - misses
+        valid = found.valid & (memories.num_kept.numpy()[rows] > 0 if len(distinct) else False)
         statistics.retrieval_seconds += retrieved - start
         statistics.fetch_seconds += time.perf_counter() - retrieved
-        statistics.references_read += int(found.valid.sum())
-        statistics.seen.update(distinct.tolist())
-        return Recalled(memories=memories, rows=rows, valid=found.valid, ids=found.ids, scores=found.scores)
+        statistics.references_read += int(valid.sum())
+        statistics.seen.update(found.ids[valid].tolist())
+        return Recalled(memories=memories, rows=rows, valid=valid, ids=found.ids, scores=found.scores)
+
+    def look_ahead(self, chunks: Sequence[Sequence[int]], questions: Sequence[Sequence[int]]) -> None:
+        """Retrieve, in the background, with what there is of chunks, and have the references' memories brought."""
+        self.finish()
+        self._ahead = self._behind.submit(self._look_ahead, chunks, questions)
+
+    def _look_ahead(self, chunks: Sequence[Sequence[int]], questions: Sequence[Sequence[int]]) -> None:
+        found = self._retrieve(chunks, questions)
+        self.source.prefetch(found.ids[found.valid])
+
+    def finish(self) -> None:
+        """Wait for the retrieval in the background, if there is any.
+
+        Raises:
+            Exception: what it met.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.result()
 
     def _retrieve(self, chunks: Sequence[Sequence[int]], questions: Sequence[Sequence[int]]) -> "Retrieved":
         if self.max_overlap is None:
@@ -86,7 +111,10 @@ class Recall:
         )
 
     def references(self, recalled: Recalled, chunk: int) -> list[ReadReference]:
-        """The references that ``chunk`` of ``recalled`` reads, best first."""
+        """The references that ``chunk`` of ``recalled`` reads, best first.
+
+        Where the source delivers some heads only, kept positions are those of these heads.
+        """
         return [
             ReadReference(
                 id=int(recalled.ids[chunk, place]),

@@ -10,6 +10,7 @@ from megatron_m3.manifest.manifest import (
     hash_file,
     hash_json,
     is_finished,
+    link_or_copy,
     read_manifest,
     write_manifest,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "hash_file",
     "hash_json",
     "is_finished",
+    "link_or_copy",
     "map_block",
     "read_manifest",
     "write_manifest",

@@ -48,6 +48,11 @@ def map_block(path: Path) -> dict[str, np.ndarray]:
         raise ArtifactError(f"{path}: not a readable block file ({error}); make it again") from None
 
 
+def _is_half_written(path: Path) -> bool:
+    """Whether :func:`atomic_path` left it when its process was killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 def _read_json(path: Path, fields: set[str], otherwise: str) -> dict[str, Any]:
     """A JSON object that has ``fields``; ``otherwise`` says what it should be and the mend."""
     try:
@@ -119,7 +124,7 @@ class BlockFolder:
             return True
         if folder.exists() and not folder.is_dir():
             raise ArtifactError(f"{folder}: is a file; choose another folder")
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and not all(_is_half_written(path) for path in folder.iterdir()):
             raise ArtifactError(f"{folder}: not empty, and not begun by this job; choose another folder")
         return False
 
@@ -132,8 +137,12 @@ class BlockFolder:
         path = self.folder / self.name(index)
         if not (path.exists() and path.with_suffix(".json").exists()):
             return False
-        recorded = self._entry(index)
+        recorded = self.entry(index)
         return recorded["bytes"] == path.stat().st_size and (not checksum or hash_file(path) == recorded)
+
+    def discard(self, index: int) -> None:
+        """Let block ``index`` count as not written: its record goes, and with it what :meth:`done` says."""
+        (self.folder / self.name(index)).with_suffix(".json").unlink(missing_ok=True)
 
     def missing(self, num_blocks: int) -> list[int]:
         """Blocks that are still to be written."""
@@ -163,9 +172,10 @@ class BlockFolder:
 
     def files(self, num_blocks: int) -> dict[str, dict[str, Any]]:
         """The ``files`` entry of the finished artifact's manifest."""
-        return {self.name(index): self._entry(index) for index in range(num_blocks)}
+        return {self.name(index): self.entry(index) for index in range(num_blocks)}
 
-    def _entry(self, index: int) -> dict[str, Any]:
+    def entry(self, index: int) -> dict[str, Any]:
+        """Bytes and SHA-256 of block ``index``."""
         record = self._record(index)
         return {"bytes": record["bytes"], "sha256": record["sha256"]}
 

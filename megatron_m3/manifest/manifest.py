@@ -100,6 +100,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file under another name; its own copy where the file system has no hard links between the two."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` into ``folder``, atomically; do it last."""
     fields = dataclasses.asdict(manifest) | {"hash": manifest.hash}
@@ -166,8 +174,8 @@ def check_files(
             raise ArtifactError(f"{path}: checksum differs from the manifest; the file is damaged; {mend}")
 
 
-def check_input(folder: Path, manifest: Manifest, role: str, actual: str) -> None:
-    """Check that an artifact was made from the ``role`` input with hash ``actual``.
+def check_input(folder: Path | str, manifest: Manifest, role: str, actual: str) -> None:
+    """Check that an artifact was made from the ``role`` input with hash ``actual``; ``folder`` names it.
 
     Raises:
         ArtifactError: it was made from another one.

@@ -1,48 +1,48 @@
-"""Building a bank with MPI: ranks take the missing blocks of references, one after another, from a shared counter.
+"""Building a bank: processes claim the missing blocks of references, one after another, in the bank's folder.
 
-What a rank computes depends on the block alone, and every rank computes on one thread, so any number of ranks gives
-the same bytes. The ranks share one folder on a file system that all of them see.
+MPI is used to begin: ranks agree that the job can be done, and encode the codec's sample together. From then on a rank
+knows of the others only by their claims in the folder, which all of them see. So one may be slow or die, and ranks of
+other jobs may come and help. What is computed depends on the block alone, on one thread, so any processes give the same
+bytes.
 """
 
+import contextlib
 import functools
 import itertools
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from megatron_m3.config import replace_fields
 from megatron_m3.config.bank import BankConfig
 from megatron_m3.errors import ArtifactError, ConfigError, DataError
 from megatron_m3.manifest import Manifest, read_manifest, write_manifest
+from megatron_m3.manifest.blocks import JOB
+from megatron_m3.manifest.claims import CLAIMS, Claims
 from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, ShardFolder, head_list
+from megatron_m3.memory.bank_codec import prepare_codec
 from megatron_m3.memory.codec import KIND as CODEC_KIND
 from megatron_m3.memory.codec import SCHEMA as CODEC_SCHEMA
 from megatron_m3.memory.codec import Codec
-from megatron_m3.memory.codecs import (
-    SampleSize,
-    check_codec,
-    load_codec,
-    resolve_codec,
-    token_bytes,
-    train_codec,
-)
-from megatron_m3.memory.encode import encode_references
+from megatron_m3.memory.codecs import SampleSize, check_codec, load_codec, resolve_codec, token_bytes
+from megatron_m3.memory.editing import refuse_edited
+from megatron_m3.memory.encode import LateMemories, start_encoding
 from megatron_m3.memory.sensitivity import Sensitivity, measure_sensitivity
-from megatron_m3.memory.space import check_space, measure_space
+from megatron_m3.memory.space import MANIFEST, check_space, measure_space
 from megatron_m3.memory.types import ExplicitMemories, held_lists
-from megatron_m3.memory.work import SharedWork, agree
+from megatron_m3.memory.work import POLL_SECONDS, Crew, OpenBlocks, Run, agree
+from megatron_m3.memory.write import GROUP, write_blocks
 from megatron_m3.model.checkpoint import LoadedModel, ModelDescription
-from megatron_m3.platform.progress import Progress
 from megatron_m3.references import ReferenceStore
 
-GROUP = 128
-"""References whose memories are in RAM at a time."""
-
+__all__ = ["GROUP", "BankJob", "BankOrder", "build_bank", "write_missing"]
 
 @dataclass(frozen=True, kw_only=True)
 class BankOrder[Model: ModelDescription]:
@@ -107,6 +107,8 @@ class BankOrder[Model: ModelDescription]:
                  "selection": config.memory.selection, "spread": config.memory.spread, "prefix": config.memory.prefix,
                  "dtype": config.training.dtype}
         shape |= {"heads": self.memory_heads} if self.memory_heads != "all" else {}
+        shape |= {"codec_from": self.given_codec[2]} if self.given_codec else {}
+        shape |= {"tensor_parallel": options.tensor_parallel} if options.tensor_parallel > 1 else {}
         return {"kind": KIND, "schema": SCHEMA, "inputs": self.inputs,
                 "settings": shape | {name: getattr(options, name) for name in names}}
 
@@ -122,6 +124,8 @@ class BankOrder[Model: ModelDescription]:
             ConfigError: the sample is too small for the codec.
         """
         config, ids = self.loaded.config, self.sample_ids()
+        if self.given_codec:
+            return self.settings(self.given_codec[1].name, self.given_codec[1].token_bytes)
         head_size = config.model.head_size
         kept = np.minimum(self.lengths[ids], config.memory.num_kept_tokens).sum()
         name = resolve_codec(self.options.codec, head_size, SampleSize(
@@ -140,10 +144,27 @@ class BankOrder[Model: ModelDescription]:
         )
 
     def sample_ids(self) -> np.ndarray:
-        """References, drawn uniformly, that the codec is trained on; none for the codec none."""
-        count = min(self.options.codec_sample, len(self.references)) if self.options.codec != "none" else 0
-        drawn = np.random.default_rng(self.options.seed).choice(len(self.references), count, replace=False)
-        return np.sort(drawn)
+        """References with tokens, drawn uniformly, that the codec is trained on; none where none is trained."""
+        alive = np.flatnonzero(self.lengths)
+        trains = self.options.codec != "none" and not self.options.codec_from
+        count = min(self.options.codec_sample, len(alive)) if trains else 0
+        return np.sort(np.random.default_rng(self.options.seed).choice(alive, count, replace=False))
+
+    @functools.cached_property
+    def given_codec(self) -> tuple[Path, Codec, str] | None:
+        """Folder, codec and its hash, where another bank's is taken.
+
+        Raises:
+            ArtifactError: it does not suit this bank's memories.
+        """
+        if not self.options.codec_from:
+            return None
+        folder = Path(self.options.codec_from)
+        other = BankSettings.from_dict(read_manifest(folder, KIND, SCHEMA).settings)
+        if other.head_size != self.loaded.config.model.head_size or not torch.equal(other.memory_lists,
+                                                                                    self.memory_lists):
+            raise ArtifactError(f"codec_from={folder}: its memories are of other layers, heads or head size than these")
+        return folder / CODEC, *load_codec(folder / CODEC, self.memory_lists)
 
 
 class BankJob(BankOrder[LoadedModel]):
@@ -156,129 +177,124 @@ class BankJob(BankOrder[LoadedModel]):
 
     def encode(self, ids: np.ndarray | range) -> ExplicitMemories:
         """Memories of some references."""
-        tokens, lengths = self.references.tokens(np.asarray(ids))
-        return encode_references(self.loaded, tokens, lengths, batch_tokens=self.options.batch_tokens)
+        return self.start(*self.references.tokens(np.asarray(ids))).collect()
+
+    def start(self, tokens: np.ndarray, lengths: np.ndarray) -> LateMemories:
+        """Memories of references, given by their tokens, that the device may still be busy with."""
+        return start_encoding(self.loaded, tokens, lengths, [self.loaded.config],
+                              batch_tokens=self.options.batch_tokens)[0]
 
 
-def build_bank(options: BankConfig, comm: Any, load: Callable[[Path], LoadedModel]) -> str | None:
-    """Write the bank together with the other ranks of ``comm``; every rank calls this.
+def build_bank(
+    options: BankConfig, comm: Any, load: Callable[[Path], LoadedModel], *, begun: Callable[[], None] = lambda: None
+) -> str | None:
+    """Write the bank together with the other ranks of ``comm``, and with other jobs; every rank calls this.
 
     Args:
         options: of the job, the same on every rank.
         comm: MPI communicator.
-        load: reads a checkpoint into this process alone.
+        load: reads a checkpoint into this process, or its group of ``options.tensor_parallel`` processes.
+        begun: called when ``comm`` is no longer needed.
 
     Returns:
         A line about the finished bank on rank 0, None elsewhere.
 
     Raises:
-        M3Error: the same on all ranks, whichever met it.
+        M3Error: the first that met it; ToldError: on the other ranks.
     """
     with agree(comm):
+        crew = Crew(comm, options.tensor_parallel)
         job = BankJob.open(options, load)
-        if comm.rank == 0:
+        if crew.rank == 0:
             check_space(measure_space(job.planned_settings(), job.key, job.folder,
                                       codec_shared=options.codec_shared))
-    folder = _open_folder(job, comm)
-    codec = _prepare_codec(job, comm, folder)
+    crew.join()
+    folder = _begin_folder(job, comm)
+    codec = prepare_codec(job, crew, folder.folder / CODEC)
     settings = job.settings(codec.name, codec.token_bytes)
-    missing = _find_missing(comm, folder, settings.num_blocks)
-    _write_blocks(job, comm, folder, codec, settings, missing)
-    if comm.rank:
+    write_missing(job, crew, folder, codec, settings, begun=begun)
+    if crew.leads:
+        _finish(job, crew, folder, settings)
+    if crew.rank:
         return None
-    _finish(job, folder, settings, load_codec(folder.folder / CODEC)[1])
     total = len(job.references) * settings.record.record_bytes
     return (f"{options.output}: {len(job.references):,} memories of {settings.record.record_bytes:,} bytes, "
             f"{total / 2**20:,.1f} MiB, codec {codec.name} ({codec.token_bytes} bytes a key and value)")
 
 
-def _open_folder(job: BankJob, comm: Any) -> ShardFolder:
+def _begin_folder(job: BankJob, comm: Any) -> ShardFolder:
     """The bank's folder, begun by rank 0 and cleared of what killed processes left half-written."""
     with agree(comm):
         if comm.rank == 0:
             ShardFolder(job.folder, job.key)
-            for left in job.folder.glob("**/.*.tmp"):
-                left.unlink()
+            refuse_edited(job.folder, job.inputs)
+            with Claims(job.folder / CLAIMS) as claims:
+                _clear(job.folder, claims)
     return ShardFolder(job.folder, job.key)
 
 
-def _prepare_codec(job: BankJob, comm: Any, folder: ShardFolder) -> Codec:
-    """The codec: one that an earlier run trained, or a new one, trained by rank 0 on memories that all ranks encode."""
-    place = folder.folder / CODEC
-    if not comm.bcast((place / "manifest.json").exists() if comm.rank == 0 else None):
-        head_size, dtype = job.loaded.config.model.head_size, job.loaded.config.training.dtype
-        sample = _encode_sample(job, comm)
-        with agree(comm):
-            if comm.rank == 0:
-                codec = train_codec(job.options.codec, sample, held_LG=job.memory_lists, dtype=dtype,
-                                    shared=job.options.codec_shared, sensitivity=job.sensitivity)
-                if job.options.codec != "none":
-                    key, value = codec.errors(sample)
-                    keys = len(sample.vectors(0, job.memory_lists))
-                    why = f" (auto: what {keys:,} keys can train)" * (job.options.codec == "auto")
-                    print(f"codec {codec.name}{why}: {codec.token_bytes} bytes for a key and value of {head_size} "
-                          f"numbers each, squared error {key:.4f} of keys, {value:.4f} of values", flush=True)
-                shutil.rmtree(place, ignore_errors=True)
-                codec.save(place, {name: job.inputs[name] for name in ("checkpoint", "references")})
-    with agree(comm):
-        return load_codec(place, job.memory_lists)[0]
-    raise AssertionError("agree raises what the block did")
+def _clear(folder: Path, claims: Claims, *, is_over: bool = False) -> None:
+    """Remove what killed processes left half-written: what no living process has claimed, at the end all of it."""
+    for path in folder.glob("**/.*.tmp"):
+        name = path.name[1:].split(".")[0]
+        # jobs that begin at once all write the record of the job
+        if is_over or (f"{name}.json" != JOB and not claims.is_taken(name)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    claims.clear()
 
 
-def _encode_sample(job: BankJob, comm: Any) -> ExplicitMemories:
-    """Memories of the codec's sample, on rank 0: groups of it are shared out in turn and put together in order.
+def write_missing(
+    job: BankJob, crew: Crew, folder: ShardFolder, codec: Codec, settings: BankSettings, *,
+    begun: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the shards that are not there or damaged, with all ranks of ``crew``; returns when all are there.
 
-    Other ranks, and the codec none, get no memories.
+    ``begun`` is called when the ranks need not talk to each other any more.
+
+    Raises:
+        M3Error: the first that met it; ToldError: on the other ranks.
     """
-    ids = job.sample_ids()
-    groups = [ids[first : first + GROUP] for first in range(0, len(ids), GROUP)]
-    mine = []
-    with agree(comm), Progress("codec sample", len(ids), "references", enabled=comm.rank == 0) as progress:
-        for group in groups[comm.rank :: comm.size]:
-            mine.append(job.encode(group))
-            progress.advance(min(len(group) * comm.size, len(ids) - progress.count))
-    gathered = comm.gather(mine)
-    if gathered is None or not len(ids):
-        return job.encode(ids[:0])
-    return ExplicitMemories.concatenate([gathered[index % comm.size][index // comm.size]
-                                         for index in range(len(groups))])
+    missing = _find_missing(crew.comm, folder, settings.num_blocks)
+    with contextlib.ExitStack() as stack:
+        with agree(crew.comm):
+            claims = stack.enter_context(Claims(folder.folder / CLAIMS))
+        run = stack.enter_context(Run(claims.folder, crew.comm.bcast(claims.owner)))
+        crew.comm.Barrier()
+        begun()
+        blocks = OpenBlocks(folder, claims, run, missing, first=crew.group * len(missing) // crew.num_groups)
+        write_blocks(job, crew, blocks, codec, settings)
+        Run.clear(claims.folder)
 
 
 def _find_missing(comm: Any, folder: ShardFolder, num_blocks: int) -> list[int]:
     """Shards to be written: those that are not there, and those that are damaged; the ranks share the reading."""
     mine: list[int] = []
     with agree(comm):
-        mine.extend(index for index in range(comm.rank, num_blocks, comm.size) if not folder.done(index, checksum=True))
+        for index in range(comm.rank, num_blocks, comm.size):
+            if not folder.done(index, checksum=True):
+                folder.discard(index)
+                mine.append(index)
     return sorted(itertools.chain.from_iterable(comm.allgather(mine)))
 
 
-def _write_blocks(
-    job: BankJob, comm: Any, folder: ShardFolder, codec: Codec, settings: BankSettings, missing: list[int]
-) -> None:
-    """Take missing blocks until there are none; rank 0 shows the progress of all."""
-    total, shows = sum(len(settings.block(index)) for index in missing), comm.rank == 0 and len(missing) > 0
-
-    def show() -> None:
-        if shows:
-            progress.advance(work.done() - progress.count)
-
-    def write(place: int) -> None:
-        ids, shard = settings.block(missing[place]), bytearray()
-        for first in range(0, len(ids), GROUP):
-            memories = job.encode(ids[first : first + GROUP])
-            shard += settings.record.pack(codec.encode(memories), memories.positions, memories.num_kept).tobytes()
-            work.add_done(len(memories))
-            show()
-        folder.write_bytes(missing[place], shard)
-
-    with SharedWork(comm, len(missing)) as work, Progress("bank", total, "references", enabled=shows) as progress:
-        work.run(write, show)
-        show()
+def _finish(job: BankJob, crew: Crew, folder: ShardFolder, settings: BankSettings) -> None:
+    """Write the manifest, unless it is there already, and remove what killed processes left."""
+    with Claims(folder.folder / CLAIMS) as claims:
+        path, is_mine = folder.folder / MANIFEST, False
+        while not path.exists():
+            is_mine = claims.take(path.stem)
+            if is_mine:
+                _write_manifest(job, folder, settings)
+            else:
+                time.sleep(POLL_SECONDS)
+        if is_mine or crew.rank == 0:
+            _clear(folder.folder, claims, is_over=True)
 
 
-def _finish(job: BankJob, folder: ShardFolder, settings: BankSettings, codec_hash: str) -> None:
-    """Write the manifest, unless it is there already."""
-    codec_files = read_manifest(folder.folder / CODEC, CODEC_KIND, CODEC_SCHEMA).files
+def _write_manifest(job: BankJob, folder: ShardFolder, settings: BankSettings) -> None:
+    place = folder.folder / CODEC
+    codec_files = read_manifest(place, CODEC_KIND, CODEC_SCHEMA).files
     files = folder.files(settings.num_blocks) | {f"{CODEC}/{name}": entry for name, entry in codec_files.items()}
-    write_manifest(folder.folder, Manifest(kind=KIND, schema=SCHEMA, inputs=job.inputs | {"codec": codec_hash},
-                                           settings=settings.to_dict(), files=files))
+    inputs = job.inputs | {"codec": load_codec(place)[1]}
+    write_manifest(folder.folder, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings.to_dict(),
+                                           files=files))

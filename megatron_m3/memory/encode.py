@@ -60,20 +60,51 @@ def encode_variants(
     Returns:
         One for each of ``configs``.
     """
+    return [late.collect() for late in start_encoding(loaded, tokens_NT, lengths_N, configs, batch_tokens=batch_tokens)]
+
+
+def start_encoding(
+    loaded: LoadedModel, tokens_NT: Tensor | np.ndarray, lengths_N: Tensor | np.ndarray, configs: Sequence[Config], *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list["LateMemories"]:
+    """:func:`encode_variants` without waiting for the device: another thread may collect what comes."""
     tokens_NT, lengths_N = torch.as_tensor(tokens_NT).long(), torch.as_tensor(lengths_N).long()
     order = torch.argsort(lengths_N, stable=True)
-    parts: list[list[ExplicitMemories]] = []
+    passes: list[list[ExplicitMemories]] = []
     first = len(order)
     while first > 0:
         longest = max(1, int(lengths_N[order[first - 1]]))
         count = max(1, batch_tokens // (len(loaded.prefix_ids) + longest))
         rows = order[max(0, first - count) : first]
-        parts.insert(0, _encode_batch(loaded, tokens_NT[rows, :longest], lengths_N[rows], configs))
+        passes.insert(0, _encode_batch(loaded, tokens_NT[rows, :longest], lengths_N[rows], configs))
         first -= len(rows)
-    if not parts:
-        return [_no_memories(config) for config in configs]
+    if not passes:
+        return [LateMemories([_no_memories(config)], order) for config in configs]
     back = torch.argsort(order)
-    return [ExplicitMemories.concatenate(variant)[back] for variant in zip(*parts, strict=True)]
+    return [LateMemories(list(variant), back) for variant in zip(*passes, strict=True)]
+
+
+class LateMemories:
+    """Memories that a CUDA device may still be busy with: batches there, and the order in which they are wanted."""
+
+    def __init__(self, batches: Sequence[ExplicitMemories], order_N: Tensor) -> None:
+        self.batches, self.order_N = batches, order_N
+        self.device = batches[0].kv.device
+        self.written = None
+        if self.device.type == "cuda":
+            self.written = torch.cuda.current_stream(self.device).record_event()
+
+    def collect(self) -> ExplicitMemories:
+        """The memories on the CPU, once they are there; what the device was given later does not hold them."""
+        if self.written is None:
+            return self._on_cpu()
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(self.written)
+            return self._on_cpu()
+
+    def _on_cpu(self) -> ExplicitMemories:
+        return ExplicitMemories.concatenate([batch.cpu() for batch in self.batches])[self.order_N]
 
 
 def _no_memories(config: Config) -> ExplicitMemories:
@@ -148,18 +179,18 @@ class EncodePlan:
             self.positions[place].append(torch.nn.functional.pad(indices_NGK.int(), (0, missing)))
 
     def memories(self) -> list[ExplicitMemories]:
-        """What was kept for each of the configs, gathered over the tensor-parallel ranks, on the CPU."""
+        """What was kept for each of the configs, gathered over the tensor-parallel ranks, on the device."""
         return [
             ExplicitMemories(
-                kv=_gather_heads(torch.stack(kv, 1), 3).cpu(),
-                positions=_gather_heads(torch.stack(positions, 1), 2).to(torch.int16).cpu(),
-                num_kept=self.lengths_N.clamp(max=config.memory.num_kept_tokens).int().cpu(),
+                kv=gather_heads(torch.stack(kv, 1), 3),
+                positions=gather_heads(torch.stack(positions, 1), 2).to(torch.int16),
+                num_kept=self.lengths_N.clamp(max=config.memory.num_kept_tokens).int(),
             )
             for config, kv, positions in zip(self.configs, self.kv, self.positions, strict=True)
         ]
 
 
-def _gather_heads(local: Tensor, dim: int) -> Tensor:
+def gather_heads(local: Tensor, dim: int) -> Tensor:
     """The heads of all tensor-parallel ranks along ``dim``."""
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:

@@ -10,9 +10,11 @@ contiguous slice of the codes; the checksums are by head, so that it can check w
 in a layer have no list there. Slots that hold no kept token are 0.
 """
 
+import functools
 import itertools
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,17 +46,12 @@ class RecordLayout:
         """Bytes of the codes of one list."""
         return self.num_kept_tokens * self.token_bytes
 
-    @property
+    @functools.cached_property
     def codes_bytes(self) -> int:
         """Bytes of all codes; what follows starts here."""
         return int(self.held_LG.sum()) * self.list_bytes
 
-    @property
-    def tail_bytes(self) -> int:
-        """Bytes after the codes."""
-        return self.record_bytes - self.codes_bytes
-
-    @property
+    @functools.cached_property
     def record_bytes(self) -> int:
         """Bytes of a record."""
         return record_bytes(self.num_heads, int(self.held_LG.sum()), self.num_kept_tokens, self.token_bytes)
@@ -76,60 +73,75 @@ class RecordLayout:
         positions_NCK = (positions_NLGK[:, self.held_LG].numpy() * valid_NK[:, None]).astype("<i2")
         order_C = _by_head(self.held_LG)
         records = np.empty((count, self.record_bytes), np.uint8)
-        codes, tail = records[:, : self.codes_bytes], records[:, self.codes_bytes :]
-        positions, num_kept, sums = self.parts(tail)
+        codes, positions, num_kept, sums = self.fields(records)
         codes[:] = codes_NCB[:, order_C].reshape(codes.shape)
         positions[:] = positions_NCK[:, order_C].view(np.uint8).reshape(positions.shape)
         num_kept[:] = num_kept_N.numpy().astype("<i4").view(np.uint8).reshape(count, 4)
-        sums[:] = self.checksums(codes, tail).view(np.uint8).reshape(sums.shape)
+        sums[:] = self.checksums(records).view(np.uint8).reshape(sums.shape)
         return records
 
-    def parts(self, tail: np.ndarray, heads: slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Views of the bytes of ``heads``: positions [N, bytes], num_kept [N, 4], checksums [N, heads * 4].
-
-        ``tail`` is all that stands after the codes in a record.
-        """
+    def part(self, heads: slice) -> tuple["RecordLayout", list[slice]]:
+        """The layout of what a record holds of ``heads``, which is a record itself, and the bytes that make it up."""
         first, last, _ = heads.indices(self.num_heads)
-        lists, size = self.lists(heads), 2 * self.num_kept_tokens
-        middle = self.lists(slice(None)).stop * size
-        sums = tail[:, middle + 4 + 4 * first : middle + 4 + 4 * max(first, last)]
-        return tail[:, lists.start * size : lists.stop * size], tail[:, middle : middle + 4], sums
-
-    def checksums(self, codes: np.ndarray, tail: np.ndarray, heads: slice = slice(None)) -> np.ndarray:
-        """What the checksums of ``heads`` should be, uint32 [N, heads]; ``codes`` are those of ``heads`` alone."""
-        positions, num_kept, _ = self.parts(tail, heads)
-        sizes = self.held_LG[:, heads].sum(0).tolist()
-        ends = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
-        code, place = self.list_bytes, 2 * self.num_kept_tokens
-        found = [
-            [zlib.crc32(num_kept[row], zlib.crc32(positions[row, place * first : place * last],
-                                                  zlib.crc32(codes[row, code * first : code * last])))
-             for first, last in ends]
-            for row in range(len(tail))
+        last = max(first, last)
+        lists, positions = self.lists(heads), 2 * self.num_kept_tokens
+        middle = self.record_bytes - 4 * self.num_heads - 4
+        pieces = [
+            self.codes(heads),
+            slice(self.codes_bytes + lists.start * positions, self.codes_bytes + lists.stop * positions),
+            slice(middle, middle + 4),
+            slice(middle + 4 + 4 * first, middle + 4 + 4 * last),
         ]
-        return np.array(found, "<u4").reshape(len(tail), len(ends))
+        return replace(self, held_LG=self.held_LG[:, first:last]), _joined(pieces)
 
-    def damaged_rows(self, codes: np.ndarray, tail: np.ndarray, heads: slice = slice(None)) -> list[int]:
-        """Rows in which the checksum of a head does not fit; arguments as in :meth:`checksums`."""
-        recorded = np.ascontiguousarray(self.parts(tail, heads)[2]).view("<u4")
-        return np.flatnonzero((recorded != self.checksums(codes, tail, heads)).any(1)).tolist()
+    def fields(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Views of records [N, record_bytes]: codes, positions, num_kept and checksums, as bytes."""
+        middle = self.record_bytes - 4 * self.num_heads - 4
+        return (records[:, : self.codes_bytes], records[:, self.codes_bytes : middle], records[:, middle : middle + 4],
+                records[:, middle + 4 :])
 
-    def unpack(
-        self, codes: np.ndarray, tail: np.ndarray, heads: slice = slice(None)
-    ) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Codes of the lists of ``heads`` as :meth:`Codec.decode` takes them, positions int16 [N, L, heads, K] (0 where
-        a head holds no memory), num_kept int32 [N]; arguments as in :meth:`checksums`."""
-        held_LG, count = self.held_LG[:, heads], len(tail)
-        order_C = np.argsort(_by_head(held_LG))
-        positions, num_kept, _ = self.parts(tail, heads)
+    def checksums(self, records: np.ndarray) -> np.ndarray:
+        """What the checksums of records should be, uint32 [N, heads]."""
+        sizes = self.held_LG.sum(0).tolist()
+        code, place, start = self.list_bytes, 2 * self.num_kept_tokens, self.codes_bytes
+        middle = start + sum(sizes) * place
+        num_kept = slice(middle, middle + 4)
+        ends = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+        heads = [(slice(code * first, code * last), slice(start + place * first, start + place * last))
+                 for first, last in ends]
+        found = [[zlib.crc32(row[num_kept], zlib.crc32(row[positions], zlib.crc32(row[codes])))
+                  for codes, positions in heads] for row in (array.data for array in np.ascontiguousarray(records))]
+        return np.array(found, "<u4").reshape(len(records), len(ends))
+
+    def damaged_rows(self, records: np.ndarray) -> list[int]:
+        """Rows in which the checksum of a head does not fit."""
+        recorded = np.ascontiguousarray(self.fields(records)[3]).view("<u4")
+        return np.flatnonzero((recorded != self.checksums(records)).any(1)).tolist()
+
+    def unpack(self, records: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Codes of the lists as :meth:`Codec.decode` takes them, positions int16 [N, L, G, K] (0 where a head holds
+        no memory), num_kept int32 [N]."""
+        count, order_C = len(records), np.argsort(_by_head(self.held_LG))
+        codes, positions, num_kept, _ = self.fields(records)
         placed_NCK = np.ascontiguousarray(positions).view("<i2").reshape(count, len(order_C), self.num_kept_tokens)
-        positions_NLGK = torch.zeros((count, *held_LG.shape, self.num_kept_tokens), dtype=torch.int16)
-        positions_NLGK[:, held_LG] = torch.from_numpy(placed_NCK[:, order_C].astype(np.int16))
+        positions_NLGK = torch.zeros((count, *self.held_LG.shape, self.num_kept_tokens), dtype=torch.int16)
+        positions_NLGK[:, self.held_LG] = torch.from_numpy(placed_NCK[:, order_C].astype(np.int16))
         return (
             codes.reshape(count, len(order_C), self.list_bytes)[:, order_C],
             positions_NLGK,
             torch.from_numpy(np.ascontiguousarray(num_kept).view("<i4")[:, 0].astype(np.int32)),
         )
+
+
+def _joined(pieces: Sequence[slice]) -> list[slice]:
+    """Ascending pieces without the empty ones, those that touch as one."""
+    joined: list[slice] = []
+    for piece in pieces:
+        if joined and joined[-1].stop == piece.start:
+            joined[-1] = slice(joined[-1].start, piece.stop)
+        elif piece.stop > piece.start:
+            joined.append(piece)
+    return joined
 
 
 def _by_head(held_LG: Tensor) -> np.ndarray:

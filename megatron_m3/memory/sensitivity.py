@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_m3.config import Config
-from megatron_m3.memory.encode import EncodePlan, run_encoding
+from megatron_m3.memory.encode import EncodePlan, gather_heads, run_encoding
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.rope import Rope, rotate
 
@@ -40,7 +40,10 @@ class Sensitivity:
 def measure_sensitivity(
     loaded: LoadedModel, references: Sequence[Sequence[int]] | Sequence[np.ndarray]
 ) -> Sensitivity:
-    """From the output projections, and the queries of some references' own tokens. The model is whole here."""
+    """From the output projections, and the queries of some references' own tokens.
+
+    Whole (all key-value heads) on every tensor-parallel rank; they call it together.
+    """
     some = references[:: -(-len(references) // MOST_REFERENCES)]
     longest = max(map(len, some))
     tokens_NT = torch.tensor([[*map(int, one), *[0] * (longest - len(one))] for one in some])
@@ -49,8 +52,9 @@ def measure_sensitivity(
     run_encoding(loaded, tokens_NT, plan)
     return Sensitivity(
         frequency=Rope.of(loaded.config.model).frequency.cpu(),
-        query_LGDD=_turned(torch.stack(plan.moments).cpu(), loaded.config),
-        value_LGDD=torch.stack([_output_moments(loaded, layer) for layer in loaded.config.memory_layers]).cpu(),
+        query_LGDD=_turned(gather_heads(torch.stack(plan.moments), 1).cpu(), loaded.config),
+        value_LGDD=gather_heads(torch.stack([_output_moments(loaded, layer) for layer in loaded.config.memory_layers]),
+                                1).cpu(),
     )
 
 
@@ -85,7 +89,8 @@ def _turned(moments_LGDD: Tensor, config: Config) -> Tensor:
 
 
 def _output_moments(loaded: LoadedModel, layer: int) -> Tensor:
-    model = loaded.config.model
+    size = loaded.config.model.head_size
+    heads = loaded.model.decoder.layers[layer].self_attention.num_query_groups_per_partition
     weight_EHD = loaded.model.decoder.layers[layer].self_attention.linear_proj.weight.float()
-    weight_EGRD = weight_EHD.unflatten(1, (model.num_kv_heads, -1, model.head_size))
+    weight_EGRD = weight_EHD.unflatten(1, (heads, -1, size))
     return torch.einsum("egrd,egrf->gdf", weight_EGRD, weight_EGRD)

@@ -18,6 +18,13 @@ OPEN_FILES = 256
 class Storage(Protocol):
     """Reads parts of named files; never writes. Safe to use from several threads."""
 
+    threads: int
+    """Reads that it serves best at the same time."""
+    records: int
+    """Fewest records that are worth a thread."""
+    gap: int
+    """Bytes between two wanted places that are read along rather than asking twice."""
+
     def read(self, name: str, offset: int, buffers: Sequence[np.ndarray]) -> None:
         """Fill ``buffers``, one after another, with the bytes of file ``name`` from ``offset`` on.
 
@@ -28,6 +35,8 @@ class Storage(Protocol):
 
 class LocalStorage:
     """A folder; every read is one positional read."""
+
+    threads, records, gap = 8, 4, 0
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -4,7 +4,7 @@ Letters: N references, L memory layers, X key or value (0 is the key), G key-val
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ def held_lists(memory_heads: Mapping[int, Sequence[int]], num_heads: int) -> Ten
 
 @dataclass(frozen=True, kw_only=True)
 class ExplicitMemories:
-    """Explicit memories of N references, on the CPU."""
+    """Explicit memories of N references; all but ``kv`` are on the CPU."""
 
     kv: Tensor
-    """float32 [N, L, 2, G, K, D]: keys after RoPE and values of the kept tokens; 0 where there is no kept token."""
+    """[N, L, 2, G, K, D], float32 on the CPU unless asked for otherwise: keys after RoPE and values of the kept tokens;
+    0 where there is no kept token."""
     positions: Tensor
     """int16 [N, L, G, K]: place of each kept token in its reference, ascending; 0 where there is none."""
     num_kept: Tensor
@@ -33,6 +34,17 @@ class ExplicitMemories:
     def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> "ExplicitMemories":
         """The memories of some rows."""
         return ExplicitMemories(kv=self.kv[rows], positions=self.positions[rows], num_kept=self.num_kept[rows])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "ExplicitMemories":
+        """The same with ``kv`` on ``device`` as ``dtype``; to a GPU it is copied behind what the CPU does next."""
+        device, kv = torch.device(device), self.kv.to(dtype)
+        if device.type == "cuda" and not kv.is_cuda:
+            kv = kv.pin_memory()
+        return replace(self, kv=kv.to(device, non_blocking=True))
+
+    def cpu(self) -> "ExplicitMemories":
+        """The memories on the CPU."""
+        return ExplicitMemories(kv=self.kv.cpu(), positions=self.positions.cpu(), num_kept=self.num_kept.cpu())
 
     def kept_positions(self, row: int) -> np.ndarray:
         """Places of the kept tokens in the reference of ``row``, int16 [L, G, kept]."""

@@ -71,7 +71,7 @@ def check_origin(bank: MemoryBank, described: ModelDescription, references: Refe
     """
     given = {"checkpoint": described.weights_hash, "tokenizer": described.tokenizer.hash, "references": references.hash}
     for role, actual in given.items():
-        check_input(bank.folder, bank.manifest, role, actual)
+        check_input(bank.address, bank.manifest, role, actual)
 
 
 def verify_sample(
@@ -86,7 +86,7 @@ def verify_sample(
         ArtifactError: the bank was made from another model or other references, or a record is damaged.
     """
     check_origin(bank, loaded, references)
-    loaded, batch_tokens = replace(loaded, config=bank.configure(loaded.config)), _batch_tokens(bank)
+    loaded, batch_tokens = replace(loaded, config=bank.configure(loaded.config)), built_batch_tokens(bank)
 
     def encode(chosen: np.ndarray) -> ExplicitMemories:
         return encode_references(loaded, *references.tokens(chosen), batch_tokens=batch_tokens)
@@ -97,10 +97,10 @@ def verify_sample(
             part = ids[first : first + GROUP]
             differences = _compare(bank, part, encode(part))
             doubtful = [place for place, one in enumerate(differences) if one.matters(tolerance)]
-            groups = ((_group(bank, int(part[place])), place) for place in doubtful)
+            groups = ((_group(bank, int(part[place])).tolist(), place) for place in doubtful)
             for group, pairs in itertools.groupby(groups, operator.itemgetter(0)):
                 rows = [place for _, place in pairs]
-                again = encode(np.asarray(group))[(part[rows] - group.start).tolist()]
+                again = encode(np.array(group))[np.searchsorted(group, part[rows]).tolist()]
                 for place, one in zip(rows, _compare(bank, part[rows], again), strict=True):
                     differences[place] = one
             found += differences
@@ -152,19 +152,18 @@ def _differences(bank: MemoryBank, stored_NB: np.ndarray, fresh_NB: np.ndarray) 
 
 def _unpack(bank: MemoryBank, records_NB: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
     """Codes, positions, kept tokens, and decoded keys and values."""
-    end = bank.record.codes_bytes
-    codes_NCB, positions, num_kept = bank.record.unpack(records_NB[:, :end], records_NB[:, end:])
+    codes_NCB, positions, num_kept = bank.record.unpack(records_NB)
     return codes_NCB, positions, num_kept, bank.codec.decode(codes_NCB, positions, num_kept)
 
 
-def _group(bank: MemoryBank, id: int) -> range:
-    """The references that the build encoded together with one."""
-    block = bank.settings.block(id // bank.settings.block_size)
-    first = block.start + (id - block.start) // GROUP * GROUP
-    return range(first, min(first + GROUP, block.stop))
+def _group(bank: MemoryBank, id: int) -> np.ndarray:
+    """The references that were encoded together with one, ascending."""
+    ids, place = bank.places.block(id)
+    first = place // GROUP * GROUP
+    return ids[first : first + GROUP]
 
 
-def _batch_tokens(bank: MemoryBank) -> int:
+def built_batch_tokens(bank: MemoryBank) -> int:
     """Most tokens of a pass of the build, as its record of the job says; the default where that is gone."""
     try:
         return int(json.loads((bank.folder / JOB).read_text())["job"]["settings"]["batch_tokens"])

@@ -3,7 +3,7 @@
 import atexit
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -40,6 +40,24 @@ def _join_world(platform: Platform) -> None:
     dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     # NCCL warns of a world that is left to the end of its process
     atexit.register(shut_down)
+
+
+def join_store(rank: int, size: int, host: str, share: Callable[[int], int]) -> None:
+    """Join a world of ``size`` processes that can already talk to each other.
+
+    Args:
+        rank: of this process.
+        size: processes of the world.
+        host: address of the process of rank 0, by which all others reach it.
+        share: gives every process what rank 0 passes to it; the others pass 0.
+    """
+    store = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False) if rank == 0 else None
+    port = share(store.port if store is not None else 0)
+    if store is None:
+        store = dist.TCPStore(host, port, size, is_master=False)
+    # what splits the model looks here for the size of the world
+    os.environ["WORLD_SIZE"] = str(size)
+    dist.init_process_group(select().backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 def check_world_size(parallel: ParallelSizes, world_size: int) -> None:

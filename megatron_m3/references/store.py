@@ -2,7 +2,8 @@
 
 Reference ``id`` is row ``id % block_size`` of block ``id // block_size``. Arrays of a block of n references:
 ``tokens`` [n, reference_length], zero padded; ``lengths`` [n]; ``text`` bytes and ``text_offsets`` [n + 1];
-``document`` bytes (the id of its document) and ``document_offsets`` [n + 1]; ``first_token`` [n].
+``document`` bytes (the id of its document) and ``document_offsets`` [n + 1]; ``first_token`` [n]. A deleted reference
+has no tokens, no text and no document.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from megatron_m3.errors import DataError
+from megatron_m3.errors import ArtifactError, DataError
 from megatron_m3.manifest import (
     BlockReader,
     Manifest,
@@ -21,6 +22,7 @@ from megatron_m3.manifest import (
     map_block,
     read_manifest,
 )
+from megatron_m3.references.edits import Edit
 
 KIND, SCHEMA = "references", 1
 
@@ -59,6 +61,8 @@ class ReferenceStore:
         self.tokenizer_hash = manifest.inputs["tokenizer"]
         self.reference_length: int = manifest.settings["reference_length"]
         self.block_size: int = manifest.settings["block_size"]
+        self.edits = tuple(Edit.from_dict(fields) for fields in manifest.settings.get("edits", ()))
+        """What was done to the store that it descends from, in order."""
         self._blocks = BlockReader(folder, manifest)
         self.num_blocks = len(manifest.files)
         self._length = (self.num_blocks - 1) * self.block_size + len(self._blocks[self.num_blocks - 1]["lengths"])
@@ -80,6 +84,11 @@ class ReferenceStore:
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def token_dtype(self) -> np.dtype:
+        """Type of token ids on disk."""
+        return self._blocks[0]["tokens"].dtype
 
     def tokens(self, ids: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [N, reference_length], zero padded, and lengths int32 [N].
@@ -107,13 +116,46 @@ class ReferenceStore:
             lengths[index * self.block_size :][: len(found)] = found
         return lengths
 
+    def edits_since(self, base: str) -> tuple[Edit, ...]:
+        """What was done since the store with hash ``base``, in order; nothing where it is this one.
+
+        Raises:
+            ArtifactError: this store does not descend from that one.
+        """
+        if base == self.hash:
+            return ()
+        for place, edit in enumerate(self.edits):
+            if edit.base == base:
+                return self.edits[place:]
+        raise ArtifactError(f"{self.folder}: is not the knowledge base {base[:12]}, nor an edited one of it; give one "
+                            "that `m3 data edit-references` made from it")
+
+    def ids_of_document(self, document: str) -> np.ndarray:
+        """Ids of the references that were cut from a document, int64, ascending.
+
+        Raises:
+            DataError: there is none.
+        """
+        wanted, found = document.encode(), []
+        for index in range(self.num_blocks):
+            block = self._blocks[index]
+            starts, ends = block["document_offsets"][:-1], block["document_offsets"][1:]
+            same = np.flatnonzero(ends - starts == len(wanted))
+            names = block["document"]
+            found += [index * self.block_size + int(row) for row in same
+                      if names[starts[row] : ends[row]].tobytes() == wanted]
+        if not (found and wanted):
+            raise DataError(f"{self.folder}: no reference is of a document {document!r}; `m3 bank inspect --reference` "
+                            "shows the document of a reference")
+        return np.array(found, np.int64)
+
     def text(self, id: int) -> str:
         """Text of one reference."""
         return self._text("text", id)
 
     def texts(self, ids: Sequence[int] | range) -> list[str]:
         """Texts of several references."""
-        return [self._text("text", id) for id in ids]
+        return [self.text(id) for id in ids]
 
     def source(self, id: int) -> tuple[str, int]:
         """The id of the document that a reference was cut from, and its first token's place there."""
@@ -128,3 +170,28 @@ class ReferenceStore:
         block, row = self._row(id)
         first, last = block[f"{name}_offsets"][row : row + 2]
         return block[name][first:last].tobytes().decode()
+
+
+class SelectedReferences(ReferenceStore):
+    """Some references of a store as a store of their own, numbered from 0."""
+
+    def __init__(self, store: ReferenceStore, ids: np.ndarray) -> None:
+        """``ids`` int64: which, in which order."""
+        super().__init__(store.folder, store.manifest)
+        self.store, self.ids, self._length = store, ids, len(ids)
+
+    def tokens(self, ids: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """See :class:`ReferenceStore`."""
+        return self.store.tokens(self.ids[np.asarray(ids, np.int64)])
+
+    def lengths(self) -> np.ndarray:
+        """See :class:`ReferenceStore`."""
+        return self.store.lengths()[self.ids]
+
+    def text(self, id: int) -> str:
+        """See :class:`ReferenceStore`."""
+        return self.store.text(int(self.ids[id]))
+
+    def source(self, id: int) -> tuple[str, int]:
+        """See :class:`ReferenceStore`."""
+        return self.store.source(int(self.ids[id]))

@@ -12,6 +12,8 @@ from megatron_m3.retrieval.embedder import Embedder, load_embedder
 
 KIND, SCHEMA = "index", 1
 FILE, EMBEDDER = "index.faiss", "embedder"
+NEVER_FOUND = "never_found.npy"
+"""Ids whose vectors are 0, deleted references among them; there only where there are some."""
 FLAT_LIMIT = 200_000
 """Most vectors that are searched one by one unless another index is asked for."""
 MISSING = np.iinfo(np.int64).min
@@ -34,6 +36,8 @@ class VectorIndex:
 
     def __init__(self, folder: Path, manifest: Manifest, faiss_index: Any) -> None:
         self.folder, self.manifest, self.hash, self.faiss_index = folder, manifest, manifest.hash, faiss_index
+        has_some = NEVER_FOUND in manifest.files
+        self.never_found = np.load(folder / NEVER_FOUND) if has_some else np.zeros(0, np.int64)
 
     @classmethod
     def open(cls, folder: str | Path, *, references_hash: str | None = None, check: bool = False) -> Self:
@@ -47,7 +51,7 @@ class VectorIndex:
         """
         folder = Path(folder)
         manifest = read_manifest(folder, KIND, SCHEMA)
-        check_files(folder, manifest, checksums=check or {FILE})
+        check_files(folder, manifest, checksums=check or {FILE, NEVER_FOUND})
         if references_hash is not None:
             check_input(folder, manifest, "references", references_hash)
         return cls(folder, manifest, read_faiss(folder / FILE))
@@ -60,7 +64,12 @@ class VectorIndex:
         return load_embedder(self.folder / EMBEDDER)
 
     def search(self, vectors: np.ndarray, k: int) -> Found:
-        """The ``k`` nearest references of each vector, float32 [N, size]. A zero vector finds nothing."""
+        """The ``k`` nearest references of each vector, float32 [N, size]. Zero vectors neither find nor are found."""
+        if len(self.never_found):
+            return self.search_filtered(vectors, k, lambda row, ids: np.zeros(len(ids), bool))
+        return self._search(vectors, k)
+
+    def _search(self, vectors: np.ndarray, k: int) -> Found:
         scores, ids = self.faiss_index.search(np.ascontiguousarray(vectors, np.float32), k)
         order = np.lexsort((ids, -scores))
         scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
@@ -80,10 +89,11 @@ class VectorIndex:
         result = Found(np.zeros((len(vectors), k), np.float32), np.full((len(vectors), k), MISSING),
                        np.zeros((len(vectors), k), bool))
         while len(rows):
-            found = self.search(vectors[rows], fetch)
+            found = self._search(vectors[rows], fetch)
             short = []
             for row, scores, ids, valid in zip(rows, *found, strict=True):
-                scores, ids = scores[valid], ids[valid]
+                good = valid & ~_is_among(ids, self.never_found)
+                scores, ids = scores[good], ids[good]
                 kept = np.flatnonzero(~drop(int(row), ids))[:k]
                 result.scores[row, : len(kept)], result.ids[row, : len(kept)] = scores[kept], ids[kept]
                 result.valid[row, : len(kept)] = True
@@ -93,6 +103,14 @@ class VectorIndex:
                 break
             rows, fetch = np.array(short, np.int64), min(4 * fetch, len(self))
         return result
+
+
+def _is_among(ids: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    """Which of ``ids`` are in a list, bool."""
+    if not len(ascending):
+        return np.zeros(len(ids), bool)
+    found: np.ndarray = ascending[np.searchsorted(ascending, ids).clip(max=len(ascending) - 1)] == ids
+    return found
 
 
 def read_faiss(path: Path) -> Any:

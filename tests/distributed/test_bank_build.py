@@ -1,68 +1,15 @@
-"""The bank build with real MPI processes: any number of ranks, killed or not, gives the same bytes."""
+"""The bank build with real MPI processes: any number of ranks gives the same bytes, and mistakes are named."""
 
-import contextlib
-import dataclasses
-import hashlib
-import os
-import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from megatron_m3.errors import ArtifactError, M3Error
+from tests.bank_jobs import JOB, NUM_REFERENCES, build, build_here, command, digest
 from tests.knowledge import build_knowledge
-from tests.launcher import ROOT, run_command
-from tests.tiny_model import joined_world, tiny_model
-
-NUM_REFERENCES = 600
-JOB = ("block-size", "4", "codec-sample", "400")
-"""Many small shards, so that there is time to interrupt a build between two of them."""
-NUM_SHARDS = 150
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A checkpoint and a knowledge base."""
-    from megatron_m3.model.checkpoint import save_checkpoint
-
-    folder = tmp_path_factory.mktemp("bank_build")
-    with joined_world():
-        loaded = tiny_model(folder)
-        data = dataclasses.replace(loaded.config.data, tokenizer=str(folder / "tokenizer"))
-        save_checkpoint(folder / "run", 1, [loaded.model], dataclasses.replace(loaded.config, data=data))
-    build_knowledge(folder, folder / "tokenizer", count=NUM_REFERENCES, words=7, reference_length=16)
-    return folder
-
-
-def command(inputs: Path, output: Path, ranks: int, *more: str) -> list[str]:
-    options = {"checkpoint": inputs / "run", "references": inputs / "references", "output": output} | dict(
-        zip(more[::2], more[1::2], strict=True)
-    )
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [str(Path(sys.executable).with_name("mpiexec")), "-n", str(ranks), sys.executable, "-m", "launch.build_bank",
-            *words]
-
-
-def build(inputs: Path, output: Path, ranks: int, *more: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    return run_command(command(inputs, output, ranks, *more), timeout=120, expect=expect)
-
-
-def digest(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def built(inputs):
-    """A bank built by one rank."""
-    build(inputs, inputs / "one", 1, *JOB)
-    return inputs / "one"
+from tests.launcher import run_command
+from tests.tiny_model import joined_world
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -75,11 +22,11 @@ def test_any_number_of_ranks_gives_the_same_bytes(inputs, built, tmp_path, ranks
 def test_a_bank_of_memory_heads_too(inputs, tmp_path):
     job = ("block-size", "50", "codec", "KLT12", "codec-sample", "200", "memory-heads")
     build(inputs, tmp_path / "bank", 2, *job, "0:1;1:0,1")
-    alone(inputs, tmp_path / "alone", *job, "0:1;1:0,1")
+    build_here(inputs, tmp_path / "alone", *job, "0:1;1:0,1")
     before = digest(tmp_path / "bank")
     assert before == digest(tmp_path / "alone")
     with pytest.raises(M3Error, match="made from other inputs or settings"):
-        alone(inputs, tmp_path / "bank", *job, "0:0;1:0,1")
+        build_here(inputs, tmp_path / "bank", *job, "0:0;1:0,1")
     assert digest(tmp_path / "bank") == before
 
 
@@ -101,46 +48,11 @@ def test_a_bank_holds_what_the_model_writes(inputs, built):
     assert 0 < error < 0.05
 
 
-def test_a_killed_build_goes_on_to_the_same_bytes(inputs, built, tmp_path):
-    tries = (tmp_path / f"bank_{attempt}" for attempt in range(5))
-    output = next((folder for folder in tries if is_killed_halfway(inputs, folder)), None)
-    assert output, "every build was done before it could be killed"
-    # a shard counts as done when its record stands beside it
-    finished = [path.with_suffix(".bin") for path in output.glob("shard_*.json")]
-    before = {path: path.stat().st_mtime_ns for path in finished}
-    assert before
-    build(inputs, output, 2, *JOB)
-    assert digest(output) == digest(built)
-    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
-
-
-def is_killed_halfway(inputs: Path, output: Path) -> bool:
-    """Start a build and kill a rank after the first shard; false where the build was faster."""
-    running = subprocess.Popen(command(inputs, output, 2, *JOB), cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    wait_until(lambda: any(output.glob("shard_*.json")) or running.poll() is not None)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(running.pid).children(recursive=True):
-            if "launch.build_bank" in child.cmdline() and "python" in child.name():
-                child.send_signal(signal.SIGKILL)
-                break
-    status, is_done = running.wait(60), (output / "manifest.json").exists()
-    assert is_done or status != 0
-    return not is_done and any(output.glob("shard_*.json")) and len(list(output.glob("shard_*.bin"))) < NUM_SHARDS
-
-
-def wait_until(condition, timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def test_a_removed_shard_is_written_again(inputs, built, tmp_path):
     output = tmp_path / "bank"
     subprocess.run(["cp", "-r", str(built), str(output)], check=True)
     (output / "shard_000003.bin").unlink()
-    alone(inputs, output, *JOB)
+    build_here(inputs, output, *JOB)
     assert digest(output) == digest(built)
 
 
@@ -156,7 +68,7 @@ def test_a_damaged_shard_is_written_again(inputs, built, tmp_path):
     with pytest.raises(ArtifactError, match=r"shard_000005.bin: checksum differs.*run `m3 bank build` into the folder"):
         verify(["--bank", str(output)])
     whole = {other: other.stat().st_mtime_ns for other in output.glob("shard_*.bin") if other != path}
-    alone(inputs, output, *JOB)
+    build_here(inputs, output, *JOB)
     assert digest(output) == digest(built)
     assert {other: other.stat().st_mtime_ns for other in whole} == whole
     verify(["--bank", str(output)])
@@ -168,19 +80,10 @@ def test_a_broken_record_is_named(inputs, built, tmp_path):
     record = output / "shard_000005.json"
     record.write_text("{")
     with pytest.raises(ArtifactError, match=r"shard_000005.json: damaged.*remove it and run the job again"):
-        alone(inputs, output, *JOB)
+        build_here(inputs, output, *JOB)
     record.unlink()
-    alone(inputs, output, *JOB)
+    build_here(inputs, output, *JOB)
     assert digest(output) == digest(built)
-
-
-def alone(inputs: Path, output: Path, *more: str) -> None:
-    """The same job in this process."""
-    from launch.build_bank import main
-
-    words = command(inputs, output, 1, *more)
-    with joined_world():
-        main(words[words.index("launch.build_bank") + 1 :])
 
 
 @pytest.mark.parametrize(("more", "said"), [
@@ -193,7 +96,7 @@ def alone(inputs: Path, output: Path, *more: str) -> None:
 ])
 def test_a_mistake_is_named(inputs, tmp_path, more, said):
     with pytest.raises(M3Error) as error:
-        alone(inputs, tmp_path / "bank", *more)
+        build_here(inputs, tmp_path / "bank", *more)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "bank").exists()
@@ -218,14 +121,14 @@ def test_references_of_another_tokenizer_are_refused(inputs, tmp_path):
     train_tokenizer(["another text altogether"] * 9, 300, tmp_path / "tokenizer")
     build_knowledge(tmp_path, tmp_path / "tokenizer", count=4, words=5, reference_length=16)
     with pytest.raises(ArtifactError, match="made with another tokenizer"):
-        alone(inputs, tmp_path / "bank", "references", str(tmp_path / "references"))
+        build_here(inputs, tmp_path / "bank", "references", str(tmp_path / "references"))
     assert not (tmp_path / "bank").exists()
 
 
-def test_a_folder_of_another_job_is_refused_and_left_alone(inputs, built):
+def test_a_folder_of_another_job_is_refused_and_left_build_here(inputs, built):
     before = digest(built)
     with pytest.raises(ArtifactError, match="made from other inputs or settings"):
-        alone(inputs, built, "block-size", "32")
+        build_here(inputs, built, "block-size", "32")
     assert digest(built) == before
 
 

@@ -11,11 +11,12 @@ from tests.tiny_model import joined_world, tiny_model
 
 HEADS = "0:0,5;1:1,2;2:0,1,2,3,4,5"
 """Of 6: of 3 ranks the second has none in layer 0, the third none in layer 1."""
+BANKS = {"some": HEADS, "all": "all"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run, a knowledge base and a bank."""
+    """A run, a knowledge base and two banks."""
     from launch.m3 import main
     from megatron_m3.model.checkpoint import save_checkpoint
 
@@ -26,13 +27,13 @@ def folder(tmp_path_factory):
         data = dataclasses.replace(loaded.config.data, tokenizer=str(folder / "tokenizer"))
         save_checkpoint(folder / "run", 1, [loaded.model], dataclasses.replace(loaded.config, data=data))
         paths = build_knowledge(folder, folder / "tokenizer", count=40, words=10, reference_length=16)
-        main(["bank", "build", "--checkpoint", str(folder / "run"), "--references", str(paths["references"]),
-              "--output", str(folder / "bank"), "--codec", "KLT20"])
+        for name, heads in BANKS.items():
+            main(["bank", "build", "--checkpoint", str(folder / "run"), "--references", str(paths["references"]),
+                  "--output", str(folder / name), "--codec", "KLT20", "--memory-heads", heads])
     return folder
 
 
-@pytest.fixture(scope="module")
-def alone(folder):
+def generate_alone(folder, bank):
     """What one process generates, which is not what it does without memory."""
     from launch.generate import GenerateOptions, build_engine
     from tests.tiny_model import sentence
@@ -41,7 +42,7 @@ def alone(folder):
                "index": str(folder / "index"), "prompt": ""}
     prompts = [sentence(seed, 9) for seed in range(3)]
     with joined_world():
-        engine = build_engine(GenerateOptions(**options, bank=str(folder / "bank")))
+        engine = build_engine(GenerateOptions(**options, bank=str(folder / bank)))
         found, _ = engine.generate(prompts, 20, stop_at_eos=False)
         plain, _ = build_engine(GenerateOptions(checkpoint=str(folder / "run"), no_memory=True, prompt="")).generate(
             prompts, 20, stop_at_eos=False)
@@ -50,6 +51,8 @@ def alone(folder):
     return tokens
 
 
-def test_tensor_parallel_ranks_generate_as_one_process(folder, alone):
-    run_ranks("tests.distributed.heads_ranks", 3, [str(folder)])
-    assert json.loads((folder / "generated.json").read_text()) == alone
+@pytest.mark.parametrize(("bank", "ranks"), [("some", 3), ("all", 2)])
+def test_tensor_parallel_ranks_read_their_heads_and_generate_as_one_process(folder, bank, ranks):
+    expected = generate_alone(folder, bank)
+    run_ranks("tests.distributed.heads_ranks", ranks, [str(folder), bank])
+    assert json.loads((folder / "generated.json").read_text()) == expected

@@ -9,6 +9,7 @@ from launch.m3 import main
 from megatron_m3.errors import M3Error
 from tests.knowledge import build_knowledge
 from tests.launcher import run_module
+from tests.range_server import serve
 from tests.tiny_model import joined_world, sentence, tiny_model
 
 
@@ -62,7 +63,7 @@ def test_warm_and_cold_start_generate_the_same(paths, bank, run):
                "--max-new-tokens", "20", "--json", "--batch", "1"]
     cold = json.loads(run(*options).out)
     # so small a cache that memories are read from disk again and again
-    warm = json.loads(run(*options, "--bank", bank, "--cache-bytes", "8000").out)
+    warm = json.loads(run(*options, "--bank", bank, "--cache-bytes", "8000", "--decoded-bytes", "8000").out)
     assert cold["results"] == warm["results"]
     assert [len(one["chunks"]) > 3 for one in warm["results"]] == [True] * 3
     # a generated chunk may hold no word that retrieves anything
@@ -71,6 +72,22 @@ def test_warm_and_cold_start_generate_the_same(paths, bank, run):
     )
     assert warm["statistics"]["cache_misses"] > warm["statistics"]["distinct_references"]
     assert cold["statistics"]["cache_misses"] == cold["statistics"]["distinct_references"]
+
+
+def test_a_bank_on_a_web_server_and_a_cold_start_keep_records_for_the_next_run(paths, bank, run, tmp_path):
+    options = ["generate", "--checkpoint", paths["run"], *with_memory(paths), "--prompt", sentence(2, 9),
+               "--max-new-tokens", "30", "--json"]
+    expected = json.loads(run(*options, "--bank", bank).out)["results"]
+    with serve(bank.parent) as server:
+        remote = [*options, "--bank", f"{server.address}/{bank.name}", "--bank-cache", tmp_path / "far",
+                  "--prefetch-tokens", "3"]
+        assert json.loads(run(*remote).out)["results"] == expected
+        server.asked.clear()
+        assert json.loads(run(*remote).out)["results"] == expected
+        assert not [name for name, _ in server.asked if name.endswith(".bin")]
+    for _ in range(2):
+        assert json.loads(run(*options, "--bank-cache", tmp_path / "cold").out)["results"] == expected
+    assert list((tmp_path / "cold").rglob("*.bin"))
 
 
 def test_what_was_read_is_shown_and_plain_generation_reads_nothing(paths, run):
@@ -103,6 +120,8 @@ def test_sampling_repeats_with_its_seed(paths, run):
         (["--prompt", "a", "--references", "b", "--index", "c", "--max-overlap", "-3"], "max_overlap=-3"),
         (["--prompt", "a", "--references", "b", "--index", "c", "--max-overlap", "nan"], "max_overlap=nan"),
         (["--prompt", "a", "--references", "b", "--index", "c", "--cache-bytes", "-5"], "cache_bytes=-5"),
+        (["--prompt", "a", "--references", "b", "--index", "c", "--bank", "d", "--codec", "e"], "codec: the bank has"),
+        (["--prompt", "a", "--no-memory", "--prefetch-tokens", "3"], "prefetch_tokens: not read with --no-memory"),
         (["--prompt", "a", "--no-memory", "--max-new-tokens", "0"], "max_new_tokens"),
         (["--prompt", "a", "--no-memory", "--max-new-tokens", "1000000000000"], "max_new_tokens=1000000000000"),
         (["--prompt", "a\udcff", "--no-memory"], r"prompt='a\\udcff': not UTF-8"),

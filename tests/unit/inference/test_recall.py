@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_m3.errors import ConfigError
 from tests.dense_plan import recompute_plan
 from tests.knowledge import build_knowledge
 from tests.tiny_model import sentence, tiny_model
@@ -182,6 +183,38 @@ def test_every_chunk_says_what_it_read(loaded, retriever, engine):
     assert "kept_positions" not in str(one.to_dict())
 
 
+def test_reading_ahead_changes_speed_alone(loaded, retriever, tmp_path):
+    from megatron_m3.inference.engine import Engine
+    from megatron_m3.inference.sampling import Sampling
+    from megatron_m3.memory import MemoryBank, WarmSource
+
+    folder = warm(loaded, retriever, tmp_path).bank.folder
+    prompts, outputs = [prompts_of(loaded, [1])[0]] * 8, []
+    for tokens in (0, 2, 7):
+        engine = Engine(loaded, retriever, WarmSource(MemoryBank.open(folder)), prefetch_tokens=tokens)
+        found, statistics = engine.generate_tokens(prompts, 35, Sampling(temperature=9.0), stop_at_eos=False)
+        outputs.append(([one.to_dict() for one in found], statistics))
+    (plain, none), *others = outputs
+    assert none.prefetched == 0
+    for one, statistics in others:
+        assert one == plain
+        assert statistics.prefetched >= statistics.prefetched_useful > 0
+        assert statistics.to_dict()["prefetched_wasted"] == statistics.prefetched - statistics.prefetched_useful
+        assert statistics.cache_misses < none.cache_misses
+    for wrong in (-1, 8):
+        with pytest.raises(ConfigError, match=f"prefetch_tokens={wrong}: must be 0"):
+            Engine(loaded, retriever, WarmSource(MemoryBank.open(folder)), prefetch_tokens=wrong)
+
+
+def test_errors_of_the_retrieval_ahead_are_raised_by_the_next_recall(loaded, retriever, engine):
+    from megatron_m3.inference.generation import Statistics
+
+    engine.recall.look_ahead([["no token"]], [[]])
+    with pytest.raises(ValueError, match="no token"):
+        engine.recall([[5]], [[5]], Statistics())
+    assert len(engine.recall([[5]], [[5]], Statistics()).rows) == 1
+
+
 def test_slots_of_missing_results_stay_empty(loaded, retriever):
     """With more references asked for than there are, the answer is that of exactly as many."""
     from megatron_m3.inference.engine import Engine
@@ -205,3 +238,36 @@ def test_the_evaluation_filter_drops_what_the_prompt_gives_away(loaded, retrieve
         assert own in {reference.id for reference in other.chunks[0].references}
         assert all(own != reference.id for chunk in one.chunks for reference in chunk.references)
         assert len(one.chunks[0].references) == len(other.chunks[0].references)
+
+
+class Without:
+    """A retriever whose results are missing where they are some references."""
+
+    def __init__(self, retriever, ids):
+        self.inner, self.ids, self.references = retriever, ids, retriever.references
+
+    def retrieve(self, chunks, k):
+        found = self.inner.retrieve(chunks, k)
+        return found._replace(valid=found.valid & ~np.isin(found.ids, self.ids))
+
+
+def test_memories_deleted_from_the_bank_are_not_read(loaded, retriever, tmp_path):
+    """The index still finds them; nothing takes their place, and they do not count as read."""
+    from megatron_m3.inference.engine import Engine
+    from megatron_m3.memory import MemoryBank, WarmSource
+    from megatron_m3.memory.editing import delete_references
+
+    source, prompts = warm(loaded, retriever, tmp_path), prompts_of(loaded, [5, 11])
+    before, read = Engine(loaded, retriever, source).generate_tokens(prompts, 10, stop_at_eos=False)
+    deleted = np.unique([ref.id for one in before for chunk in one.chunks for ref in chunk.references[:1]])
+    delete_references(tmp_path / "bank", deleted)
+    source = WarmSource(MemoryBank.open(tmp_path / "bank"))
+    after, left = Engine(loaded, retriever, source).generate_tokens(prompts, 10, stop_at_eos=False)
+    assert not {ref.id for one in after for chunk in one.chunks for ref in chunk.references} & set(deleted.tolist())
+    assert not left.seen & set(deleted.tolist())
+    assert 0 < left.references_read < read.references_read
+    for prompt, one in zip(prompts, after, strict=True):
+        assert one.tokens == generate_by_definition(loaded, Without(retriever, deleted), prompt, 10)
+    delete_references(tmp_path / "bank", np.arange(NUM_REFERENCES))
+    source = WarmSource(MemoryBank.open(tmp_path / "bank"))
+    assert Engine(loaded, retriever, source).generate_tokens(prompts, 10)[1].references_read == 0

@@ -127,7 +127,7 @@ def test_flops_are_the_cost_models_for_each_length(order, references, loaded):
 
     assert plan.write_flops == pytest.approx(sum(map(cost, lengths)))
     assert 0 < plan.sample_flops < plan.write_flops
-    assert plan.seconds == pytest.approx((plan.write_flops + plan.sample_flops) / 3e12 / 0.5)
+    assert plan.model_seconds == pytest.approx((plan.write_flops + plan.sample_flops) / 3e12 / 0.5)
     assert plan.vectors == 2 * 4 * np.minimum(lengths, 4).sum()
 
 

@@ -1,6 +1,7 @@
 """A sample of a bank, encoded again: every bit is the model's, and what checksums cannot see is found."""
 
 import collections
+import json
 import shutil
 from dataclasses import replace
 
@@ -62,8 +63,8 @@ def change(folder, id, place, value=None):
     path = folder / f"shard_{block:06d}.bin"
     records = np.fromfile(path, np.uint8).reshape(-1, bank.record_bytes)
     records[row, place] = records[row, place] ^ 1 if value is None else value
-    codes, tail = records[row : row + 1, : bank.record.codes_bytes], records[row : row + 1, bank.record.codes_bytes :]
-    bank.record.parts(tail)[2][:] = bank.record.checksums(codes, tail).view(np.uint8)
+    changed = records[row : row + 1]
+    bank.record.fields(changed)[3][:] = bank.record.checksums(changed).view(np.uint8)
     records.tofile(path)
     manifest = read_manifest(folder, "bank", 2)
     write_manifest(folder, replace(manifest, files=manifest.files | {path.name: hash_file(path)}))
@@ -85,7 +86,7 @@ def test_an_undamaged_bank_has_the_same_bits(banks, verify, codec, sample, shown
     """Also where references are encoded in other batches than in the build, which changes last bits."""
     status, text = verify(banks / codec, sample)
     assert status == 0
-    assert "whole; 400 memories" in text
+    assert "all files have their sizes; 400 memories" in text
     assert f"{shown} references drawn and encoded again: the same bits" in text
 
 
@@ -112,6 +113,33 @@ def test_a_sample_sees_what_it_drew(copy, verify):
     assert verify(bank, 20, "--seed", 5)[0] == 0
     change(bank, int(drawn[7]), 3)
     assert verify(bank, 20, "--seed", 5)[0] == 1
+
+
+def test_a_sample_reads_only_its_records_and_all_reads_everything(copy, verify):
+    from megatron_m3.memory import MemoryBank
+    from megatron_m3.memory.verify import draw_sample
+
+    bank = copy("auto")
+    drawn, size = draw_sample(20, 400, 0), MemoryBank.open(bank).record_bytes
+    other = next(id for id in range(150) if id not in drawn)
+    data = bytearray((bank / "shard_000000.bin").read_bytes())
+    data[other * size] ^= 1
+    (bank / "shard_000000.bin").write_bytes(data)
+    status, text = verify(bank, 20, "--json")
+    found = json.loads(text)
+    assert (status, found["memories"], found["shards"], found["checksums"]) == (0, 400, 3, False)
+    assert (found["sample"]["references"], found["sample"]["different"], found["sample"]["accepted"]) == (20, [], True)
+    with pytest.raises(ArtifactError, match=r"shard_000000.bin: checksum differs"):
+        verify(bank, 20, "--all")
+
+
+def test_json_tells_what_differs(copy, verify):
+    bank = copy("none")
+    change(bank, 7, 1)
+    status, text = verify(bank, 400, "--json", "--all")
+    found, sample = json.loads(text), json.loads(text)["sample"]
+    assert (status, found["checksums"], sample["different"], sample["accepted"]) == (1, True, [7], False)
+    assert sample["largest_error"] > 0
 
 
 def test_a_tolerance_accepts_small_errors_of_the_same_tokens(copy, verify):
@@ -164,7 +192,8 @@ def test_another_model_or_references_are_refused(banks, folder, loaded, run, ref
 @pytest.mark.parametrize(("words", "said"), [
     (["--sample", "3"], "checkpoint: missing"), (["--sample", "3", "--checkpoint", "run"], "references: missing"),
     (["--sample", "-1"], "sample=-1"), (["--sample", "3", "--tolerance", "nan"], "tolerance=nan"),
-    (["--tolerance", "0.1"], "add --sample"), (["--checkpoint", "run"], "add --sample"),
+    (["--all"], "all: every checksum"), (["--tolerance", "0.1"], "add --sample"),
+    (["--checkpoint", "run"], "add --sample"),
 ])
 def test_a_wrong_option_is_named(words, said):
     from launch.verify_bank import main

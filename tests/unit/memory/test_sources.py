@@ -7,42 +7,56 @@ import torch
 from tests.unit.memory.test_bank import build  # noqa: F401
 
 
-def one(memories, id):
-    return memories[id : id + 1]
+def rows_of(memories, ids):
+    return [part[ids] for part in (memories.kv, memories.positions, memories.num_kept)]
+
+
+def size_of(memories):
+    return sum(part[0].nbytes for part in (memories.kv, memories.positions, memories.num_kept))
+
+
+def ids_in(cache, ids):
+    return [id for id in ids if id in cache]
 
 
 def test_the_least_recently_used_memory_goes(memories):
     from megatron_m3.memory import MemoryCache
 
-    size = sum(part.numel() * part.element_size() for part in vars(one(memories, 0)).values())
-    cache = MemoryCache(3 * size + size // 2)
-    for id in (0, 1, 2):
-        cache.put(id, one(memories, id))
-    assert cache.get(0) is not None
-    cache.put(3, one(memories, 3))
-    assert [cache.get(id) is not None for id in range(4)] == [True, False, True, True]
-    assert (cache.hits, cache.misses, len(cache), cache.bytes) == (4, 1, 3, 3 * size)
-    cache.put(3, one(memories, 3))
+    size = size_of(memories)
+    cache = MemoryCache(3 * size + size // 2, 400)
+    cache.put(np.array([0, 1, 2]), rows_of(memories, [0, 1, 2]))
+    here, found = cache.take(np.array([9, 0]))
+    assert here.tolist() == [False, True]
+    assert torch.equal(found[0][0], memories.kv[0])
+    cache.put(np.array([3]), rows_of(memories, [3]))
+    assert ids_in(cache, range(10)) == [0, 2, 3]
     assert (len(cache), cache.bytes) == (3, 3 * size)
-    assert torch.equal(cache.get(2).kv, one(memories, 2).kv)
+    cache.put(np.array([3, 2]), rows_of(memories, [3, 2]))
+    assert (len(cache), cache.bytes) == (3, 3 * size)
+    cache.put(np.arange(10, 20), rows_of(memories, range(10, 20)))
+    assert ids_in(cache, range(20)) == [17, 18, 19]
+    here, found = cache.take(np.array([19, 17]))
+    assert here.all()
+    assert torch.equal(found[0], memories.kv[[19, 17]])
 
 
 def test_a_budget_too_small_keeps_nothing(memories):
     from megatron_m3.memory import MemoryCache
 
     for budget in (0, 100):
-        cache = MemoryCache(budget)
-        cache.put(0, one(memories, 0))
-        assert (len(cache), cache.bytes, cache.get(0)) == (0, 0, None)
+        cache = MemoryCache(budget, 400)
+        cache.put(np.array([0]), rows_of(memories, [0]))
+        assert (len(cache), cache.bytes, cache.take(np.array([0]))[0].tolist()) == (0, 0, [False])
 
 
-def test_kept_memories_hold_no_larger_tensor_alive(memories):
+def test_what_is_kept_in_one_thread_may_be_overwritten_in_another(memories):
     from megatron_m3.memory import MemoryCache
 
-    cache = MemoryCache(1 << 20)
-    cache.put(0, one(memories, 0))
-    kept = cache.get(0)
-    assert kept.kv.untyped_storage().nbytes() == kept.kv.numel() * 4
+    cache = MemoryCache(size_of(memories), 400)
+    with torch.inference_mode():
+        cache.put(np.array([0]), [part.clone() for part in rows_of(memories, [0])])
+    cache.put(np.array([1]), rows_of(memories, [1]))
+    assert torch.equal(cache.take(np.array([1]))[1][0][0], memories.kv[1])
 
 
 @pytest.mark.parametrize("codec", ["none", "SQ8"])
@@ -51,8 +65,8 @@ def test_warm_equals_cold(loaded, references, memories, build, tmp_path, codec, 
     from megatron_m3.memory import ColdSource, MemoryBank, WarmSource
 
     bank = MemoryBank.open(build(tmp_path / "bank", codec=codec))
-    warm = WarmSource(bank, cache_bytes=cache_bytes)
-    cold = ColdSource(loaded, references, codec=bank.codec, cache_bytes=cache_bytes)
+    budgets = {"cache_bytes": cache_bytes, "decoded_bytes": cache_bytes}
+    warm, cold = WarmSource(bank, **budgets), ColdSource(loaded, references, codec=bank.codec, **budgets)
     expected = bank.codec.round_trip(memories)
     for ids in ([4, 9, 4, 200], [200, 3], [], [9, 3, 399]):
         first, second = warm.fetch(np.array(ids, np.int64)), cold.fetch(ids)
@@ -66,9 +80,9 @@ def test_warm_equals_cold(loaded, references, memories, build, tmp_path, codec, 
         torch.testing.assert_close(first.kv, second.kv, rtol=0, atol=float(step))
     for source in (warm, cold):
         hits = {0: 0, 9000: None, 1 << 20: 3}[cache_bytes]
-        assert source.cache.hits + source.cache.misses == 8
-        assert source.cache.bytes <= cache_bytes
-        assert hits is None or source.cache.hits == hits
+        assert source.counts.decoded_hits + source.counts.record_hits + source.counts.misses == 8
+        assert max(source.decoded.bytes, source.records.bytes) <= cache_bytes
+        assert hits is None or source.counts.decoded_hits == hits
 
 
 def test_a_source_reads_each_missing_memory_once(loaded, references):
@@ -77,6 +91,11 @@ def test_a_source_reads_each_missing_memory_once(loaded, references):
     asked = []
 
     class Noting:
+        hash = references.hash
+
+        def __len__(self):
+            return len(references)
+
         def tokens(self, ids):
             asked.append(list(ids))
             return references.tokens(ids)
