@@ -34,9 +34,9 @@ def token_weights(
     G = key_NTGD.shape[2]
     wide = torch.promote_types(query_NTHD.dtype, torch.float32)
     query_NTGRD = query_NTHD.to(wide).reshape(N, T, G, H // G, D)
-    score_NGRTT = torch.einsum("nigrd,njgd->ngrij", query_NTGRD, key_NTGD.to(wide)) / D**0.5
+    score_NGRTT = torch.einsum("nigrd,njgd->ngrij", query_NTGRD, key_NTGD.to(wide)).div_(D**0.5)
     valid_NT = torch.arange(T, device=lengths_N.device) < lengths_N[:, None]
-    score_NGRTT = score_NGRTT.masked_fill(~valid_NT[:, None, None, None, :], -torch.inf)
+    score_NGRTT.masked_fill_(~valid_NT[:, None, None, None, :], -torch.inf)
     if rule == "exp":
         score_NGRTT = score_NGRTT.masked_fill(~valid_NT[:, None, None, :, None], -torch.inf)
         return score_NGRTT.logsumexp((2, 3))

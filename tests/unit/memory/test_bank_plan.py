@@ -131,6 +131,30 @@ def test_flops_are_the_cost_models_for_each_length(order, references, loaded):
     assert plan.vectors == 2 * 4 * np.minimum(lengths, 4).sum()
 
 
+def test_the_codecs_time_and_the_ram_are_in_the_plan(order, references):
+    from megatron_m3.evaluation.bank_plan import plan_build
+
+    plan = plan_build(order("codec_time", plan_tflops=1.0), [1.0, 1.0])
+    beside = plan_build(order("codec_time", plan_tflops=1.0), [1.0, 1.0], has_device=True)
+    assert plan.vectors_per_second > 1000
+    assert plan.coding_seconds == pytest.approx(plan.vectors / plan.vectors_per_second / 2)
+    assert plan.seconds == pytest.approx(plan.training_seconds + plan.model_seconds + plan.coding_seconds)
+    assert beside.seconds == pytest.approx(
+        beside.training_seconds + max(beside.model_seconds, beside.coding_seconds))
+    assert plan.training_seconds > 0
+    assert plan.first_rank_bytes >= plan.rank_bytes > plan.model_bytes + plan.open_shard_bytes + 3 * plan.group_bytes
+
+
+def test_large_codebooks_take_as_much_longer_as_they_are_larger(order):
+    from megatron_m3.evaluation.codec_time import measure_codec
+
+    settings = measure(order("large", codec="PQ4x6")).settings
+    small, large = (measure_codec(replace(settings, codec=name), 10**5) for name in ("PQ4x8", "PQ4x12"))
+    assert (small.is_scaled, large.is_scaled) == (False, True)
+    assert 8 < small.vectors_per_second / large.vectors_per_second < 32
+    assert large.training_seconds > 8 * small.training_seconds
+
+
 def test_a_plan_counts_only_what_is_missing(order, build):
     from megatron_m3.evaluation.bank_plan import plan_build, plan_table
 
