@@ -1,10 +1,9 @@
-"""Bank build and bank reading, each beside its floor.
+"""Bank build beside its floor; for reading see bench_reading.
 
     python -m tests.benchmarks.bench_bank
 
 A random model of the demo's shape and real glosses. Building: references a second of the whole job's work beside a
-bare forward pass through the same layers, and the peak memory of the job at N and at 4 N references. Reading: memories
-a second beside a bare pread of the same bytes. One thread.
+bare forward pass through the same layers, and the peak memory of the job at N and at 4 N references. One thread.
 """
 
 import itertools
@@ -28,7 +27,7 @@ from tests.launcher import ROOT
 if TYPE_CHECKING:
     from megatron_m3.model.checkpoint import LoadedModel
 
-NUM_REFERENCES, ROUNDS, READS, BATCH = 1200, 5, 2000, 40
+NUM_REFERENCES, ROUNDS = 1200, 5
 PEAK = ("import resource, sys; from launch.build_bank import main; main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
 
@@ -116,29 +115,6 @@ def bench_build(folder: Path, loaded: "LoadedModel") -> dict[str, float]:
             "build_references_per_second": len(tokens) / whole, "build_over_forward": whole / bare}
 
 
-def bench_read(folder: Path) -> dict[str, float]:
-    """Memories a second from the page cache: bare pread of the records, and reading with checks and decoding."""
-    from megatron_m3.memory import MemoryBank
-    from megatron_m3.memory.bank import shard_name
-
-    bank = MemoryBank.open(folder / f"bank_{NUM_REFERENCES}")
-    ids = np.random.default_rng(0).integers(len(bank), size=(READS // BATCH, BATCH))
-    size, block = bank.record_bytes, bank.settings.block_size
-    files = [os.open(bank.folder / shard_name(index), os.O_RDONLY) for index in range(bank.settings.num_blocks)]
-
-    def pread() -> None:
-        for id in ids.flatten().tolist():
-            os.pread(files[id // block], size, id % block * size)
-
-    def read() -> None:
-        for some in ids:
-            bank.read(some)
-
-    bare, whole = best(pread), best(read)
-    return {"codec": bank.codec_name, "record_bytes": size, "pread_memories_per_second": ids.size / bare,
-            "read_memories_per_second": ids.size / whole, "read_over_pread": whole / bare}
-
-
 def main() -> None:
     """Print the figures as JSON."""
     import torch
@@ -148,7 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         loaded = make_artifacts(folder)
-        figures = bench_peak_memory(folder) | bench_build(folder, loaded) | bench_read(folder)
+        figures = bench_peak_memory(folder) | bench_build(folder, loaded)
     rounded = {name: round(one, 3) if isinstance(one, float) else one for name, one in figures.items()}
     print(json.dumps(rounded, indent=2))
 
