@@ -5,6 +5,7 @@ manifest that names the model, the tokenizer and the references by hash. Referen
 of shard ``id // block_size``, unless it was edited since the bank was built, see :mod:`megatron_m3.memory.edits`.
 """
 
+import collections
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -142,6 +143,7 @@ class MemoryBank:
         self.mirror: Mirror | None = None
         self._places_of = manifest.hash
         self.places = Places(address, settings.num_references, settings.block_size, settings.edits, manifest.files)
+        self._parts: dict[tuple[int | None, int | None], tuple[RecordLayout, list[slice]]] = {}
 
     @classmethod
     def open(
@@ -220,15 +222,20 @@ class MemoryBank:
         return self._reading(lambda: self._read(distinct, inverse, kv_heads, device, dtype))
 
     def _read(
-        self, distinct: np.ndarray, inverse: np.ndarray, kv_heads: slice, device: torch.device | str, dtype: torch.dtype
+        self, distinct: np.ndarray, inverse: np.ndarray | None, kv_heads: slice, device: torch.device | str,
+        dtype: torch.dtype,
     ) -> ExplicitMemories:
-        rows, order, parts = self._start(distinct, kv_heads)
-        decoded = []
-        for part in _joined(parts, DECODED_RECORDS):
-            decoded.append(self.decode(rows[part], kv_heads).to(device, dtype))
-        whole = ExplicitMemories.concatenate(decoded or [self.decode(rows, kv_heads).to(device, dtype)])
-        back = np.argsort(order)[inverse]
-        return whole if np.array_equal(back, np.arange(len(rows))) else whole[torch.from_numpy(back)]
+        rows, parts = self._start(distinct, kv_heads)
+        if len(rows) <= DECODED_RECORDS:
+            collections.deque(parts, 0)
+            whole = self.decode(rows, kv_heads).to(device, dtype)
+        else:
+            order, decoded = [], []
+            for part in _joined(parts, DECODED_RECORDS):
+                order += part
+                decoded.append(self.decode(rows[part], kv_heads).to(device, dtype))
+            whole = ExplicitMemories.concatenate(decoded)[np.argsort(order).tolist()]
+        return whole if inverse is None else whole[inverse.tolist()]
 
     def rows(self, ids: np.ndarray | Sequence[int], kv_heads: slice = slice(None)) -> np.ndarray:
         """What the records of ``ids`` hold of ``kv_heads``, uint8 [N, bytes], each a record of these heads alone.
@@ -239,12 +246,10 @@ class MemoryBank:
         distinct, inverse = self._distinct(ids)
         return self._reading(lambda: self._rows(distinct, inverse, kv_heads))
 
-    def _rows(self, distinct: np.ndarray, inverse: np.ndarray, kv_heads: slice) -> np.ndarray:
-        rows, order, parts = self._start(distinct, kv_heads)
-        for _ in parts:
-            pass
-        back = np.argsort(order)[inverse]
-        return rows if np.array_equal(back, np.arange(len(rows))) else rows[back]
+    def _rows(self, distinct: np.ndarray, inverse: np.ndarray | None, kv_heads: slice) -> np.ndarray:
+        rows, parts = self._start(distinct, kv_heads)
+        collections.deque(parts, 0)
+        return rows if inverse is None else rows[inverse]
 
     def records(self, ids: np.ndarray | Sequence[int]) -> np.ndarray:
         """The records of ``ids`` as they stand on disk, uint8 [N, record_bytes], checked against their checksums.
@@ -263,42 +268,44 @@ class MemoryBank:
     def _part(self, kv_heads: slice) -> tuple[RecordLayout, list[slice]]:
         """Layout of what a record holds of some heads, and the bytes that make it up."""
         assert kv_heads.step in (None, 1), "heads are a contiguous slice"
-        return self.record.part(kv_heads)
+        key = (kv_heads.start, kv_heads.stop)
+        if key not in self._parts:
+            self._parts[key] = self.record.part(kv_heads)
+        return self._parts[key]
 
-    def _distinct(self, ids: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct ids, and for each of ``ids`` which of them it is."""
+    def _distinct(self, ids: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """The distinct ids, and for each of ``ids`` which of them it is; None where that is clear, as none repeats."""
         ids = np.asarray(ids, np.int64)
         if ids.size and not (ids.min() >= 0 and ids.max() < len(self)):
             wrong = int(ids[(ids < 0) | (ids >= len(self))][0])
             raise DataError(f"{self.address}: reference {wrong} is not in 0-{len(self) - 1}")
-        return np.unique(ids, return_inverse=True)
+        distinct, inverse = np.unique(ids, return_inverse=True)
+        return (ids, None) if len(distinct) == len(ids) else (distinct, inverse)
 
-    def _start(self, ids: np.ndarray, kv_heads: slice) -> tuple[np.ndarray, list[int], Iterator[slice]]:
-        """Rows for the records of distinct ``ids``, which of these each row is, and the rows as they are filled."""
+    def _start(self, ids: np.ndarray, kv_heads: slice) -> tuple[np.ndarray, Iterator[list[int]]]:
+        """Rows for the records of distinct ``ids``, and numbers of rows as they are filled."""
         layout, pieces = self._part(kv_heads)
-        places = [self._place(id) for id in ids.tolist()]
-        order = sorted(range(len(ids)), key=places.__getitem__)
-        rows = np.zeros((len(ids), layout.record_bytes), np.uint8)
-        wanted = Wanted(places=[places[row] for row in order], layout=layout, pieces=pieces)
-        return rows, order, self._fill(ids[order], wanted, rows)
+        rows = np.empty((len(ids), layout.record_bytes), np.uint8)
+        wanted = Wanted(places=[self._place(id) for id in ids.tolist()], layout=layout, pieces=pieces)
+        return rows, self._fill(ids, wanted, rows)
 
-    def _fill(self, ids: np.ndarray, wanted: Wanted, rows: np.ndarray) -> Iterator[slice]:
-        """Fill ``rows``, from the mirror where they are there; yields them in order."""
+    def _fill(self, ids: np.ndarray, wanted: Wanted, rows: np.ndarray) -> Iterator[list[int]]:
+        """Fill ``rows``, from the mirror where they are there."""
         if self.mirror is None:
             for part, damaged in self.reader.read(wanted, rows):
-                for row in damaged:
-                    raise self._damaged(int(ids[row]))
+                if damaged:
+                    raise self._damaged(int(ids[damaged[0]]))
                 yield part
             return
         missing = self.mirror.read(wanted, rows)
         if missing:
             rest, fresh = wanted.some(missing), np.empty((len(missing), rows.shape[1]), np.uint8)
             for _, damaged in self.reader.read(rest, fresh):
-                for row in damaged:
-                    raise self._damaged(int(ids[missing[row]]))
+                if damaged:
+                    raise self._damaged(int(ids[missing[damaged[0]]]))
             self.mirror.write(rest, fresh)
             rows[missing] = fresh
-        yield slice(0, len(rows))
+        yield list(range(len(rows)))
 
     def _damaged(self, id: int) -> ArtifactError:
         return ArtifactError(f"{self.address}/{self._place(id)[0]}: the record of reference {id} is damaged; "
@@ -357,13 +364,13 @@ def _describe(folder: Path, hashes: Mapping[str, str | None]) -> tuple[Manifest,
     return manifest, settings, codec
 
 
-def _joined(parts: Iterator[slice], length: int) -> Iterator[slice]:
-    """Consecutive parts put together to at least ``length``, but for the last."""
-    start = stop = 0
+def _joined(parts: Iterator[list[int]], length: int) -> Iterator[list[int]]:
+    """Parts put together to at least ``length``, but for the last."""
+    joined: list[int] = []
     for part in parts:
-        stop = part.stop
-        if stop - start >= length:
-            yield slice(start, stop)
-            start = stop
-    if stop > start:
-        yield slice(start, stop)
+        joined += part
+        if len(joined) >= length:
+            yield joined
+            joined = []
+    if joined:
+        yield joined

@@ -25,7 +25,7 @@ class Wanted:
     """Which part of which records."""
 
     places: Sequence[Place]
-    """In ascending order."""
+    """Of the records; they are read in ascending order, wherever they stand here."""
     layout: RecordLayout
     """Of the wanted part of a record."""
     pieces: Sequence[slice]
@@ -46,20 +46,21 @@ class RecordReader:
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.storage.threads, thread_name_prefix="read")
 
-    def read(self, wanted: Wanted, rows: np.ndarray) -> Iterator[tuple[slice, list[int]]]:
-        """Fill ``rows`` with the records; yields rows that are there, in order, while others are still read.
+    def read(self, wanted: Wanted, rows: np.ndarray) -> Iterator[tuple[list[int], list[int]]]:
+        """Fill ``rows`` with the records; yields numbers of rows that are there, while others are still read.
 
-        With them come the numbers of those whose checksums do not fit.
+        With them come those of them whose checksums do not fit.
 
         Raises:
             ArtifactError: a file is missing or cut short.
         """
-        def work(part: slice) -> tuple[slice, list[int]]:
+        def work(part: list[int]) -> tuple[list[int], list[int]]:
             for name, offset, buffers in _plan(wanted, rows, part, self.storage.gap):
                 self.storage.read(name, offset, buffers)
-            return part, [part.start + row for row in wanted.layout.damaged_rows(rows[part])]
+            return part, wanted.layout.damaged_rows(rows, part)
 
-        tasks = self._tasks(len(rows), rows.shape[1])
+        order = sorted(range(len(rows)), key=wanted.places.__getitem__)
+        tasks = [order[part] for part in self._tasks(len(rows), rows.shape[1])]
         if len(tasks) == 1:
             yield work(tasks[0])
         else:
@@ -77,10 +78,10 @@ class RecordReader:
         return [slice(first, min(first + length, count)) for first in range(0, count, length)]
 
 
-def _plan(wanted: Wanted, rows: np.ndarray, part: slice, gap: int) -> Iterator[tuple[str, int, list[np.ndarray]]]:
+def _plan(wanted: Wanted, rows: np.ndarray, part: list[int], gap: int) -> Iterator[tuple[str, int, list[np.ndarray]]]:
     """The reads that fill some rows: file, offset, and the buffers that follow each other there."""
     name, start, end, buffers = "", 0, 0, list[np.ndarray]()
-    for row in range(part.start, part.stop):
+    for row in part:
         file, offset = wanted.places[row]
         filled = 0
         for piece in wanted.pieces:

@@ -12,6 +12,7 @@ in a layer have no list there. Slots that hold no kept token are 0.
 
 import functools
 import itertools
+import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -100,23 +101,29 @@ class RecordLayout:
         return (records[:, : self.codes_bytes], records[:, self.codes_bytes : middle], records[:, middle : middle + 4],
                 records[:, middle + 4 :])
 
+    @functools.cached_property
+    def _heads(self) -> list[tuple[slice, slice]]:
+        """Codes and positions of each head in a record."""
+        code, place, start = self.list_bytes, 2 * self.num_kept_tokens, self.codes_bytes
+        ends = itertools.pairwise(itertools.accumulate(self.held_LG.sum(0).tolist(), initial=0))
+        return [(slice(code * first, code * last), slice(start + place * first, start + place * last))
+                for first, last in ends]
+
     def checksums(self, records: np.ndarray) -> np.ndarray:
         """What the checksums of records should be, uint32 [N, heads]."""
-        sizes = self.held_LG.sum(0).tolist()
-        code, place, start = self.list_bytes, 2 * self.num_kept_tokens, self.codes_bytes
-        middle = start + sum(sizes) * place
-        num_kept = slice(middle, middle + 4)
-        ends = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
-        heads = [(slice(code * first, code * last), slice(start + place * first, start + place * last))
-                 for first, last in ends]
-        found = [[zlib.crc32(row[num_kept], zlib.crc32(row[positions], zlib.crc32(row[codes])))
-                  for codes, positions in heads] for row in (array.data for array in np.ascontiguousarray(records))]
-        return np.array(found, "<u4").reshape(len(records), len(ends))
+        return np.array([self._sums(row.data) for row in records], "<u4").reshape(len(records), self.num_heads)
 
-    def damaged_rows(self, records: np.ndarray) -> list[int]:
-        """Rows in which the checksum of a head does not fit."""
-        recorded = np.ascontiguousarray(self.fields(records)[3]).view("<u4")
-        return np.flatnonzero((recorded != self.checksums(records)).any(1)).tolist()
+    def _sums(self, record: memoryview) -> list[int]:
+        middle = self.record_bytes - 4 * self.num_heads - 4
+        num_kept = record[middle : middle + 4]
+        return [zlib.crc32(num_kept, zlib.crc32(record[positions], zlib.crc32(record[codes])))
+                for codes, positions in self._heads]
+
+    def damaged_rows(self, records: np.ndarray, rows: Sequence[int] | None = None) -> list[int]:
+        """Of ``rows``, or all, those in which the checksum of a head does not fit."""
+        place, form = self.record_bytes - 4 * self.num_heads, f"<{self.num_heads}I"
+        return [row for row in (range(len(records)) if rows is None else rows)
+                if struct.pack(form, *self._sums(records[row].data)) != records[row, place:].data]
 
     def unpack(self, records: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
         """Codes of the lists as :meth:`Codec.decode` takes them, positions int16 [N, L, G, K] (0 where a head holds

@@ -1,4 +1,4 @@
-"""Building a bank beside its floors, in CPU seconds, which other processes on the machine disturb little.
+"""Building a bank beside its floors, in CPU seconds, which other processes disturb little (reading: bench_reading).
 
     python -m tests.benchmarks.bench_bank [--checkpoint RUN --references REFERENCES] [--count 256] [--codec auto]
     python -m tests.benchmarks.bench_bank --growth 1000,10000,100000

@@ -1,4 +1,4 @@
-"""Speed of generation with recall beside the same model without memory: bank on disk, cache smaller than what is read.
+"""Speed of generation with recall beside the same model without memory: bank on disk, caches smaller than what is read.
 
     python -m tests.benchmarks.bench_generation
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SHAPE = {"model.num_layers": "8", "model.num_heads": "8", "model.num_kv_heads": "2", "model.head_size": "64",
          "model.hidden_size": "512", "model.ffn_size": "1024", "model.vocab_size": "8192"}
-BATCH, NUM_REFERENCES, CACHED_MEMORIES, ROUNDS = 8, 1000, 24, 5
+BATCH, NUM_REFERENCES, CACHED_MEMORIES, PREFETCH_TOKENS, ROUNDS = 8, 1000, 24, 16, 5
 LENGTHS = ((128, 128), (128, 320))
 """Prompt tokens and new tokens; the first pair is the paper's."""
 
@@ -49,8 +49,8 @@ def make_artifacts(folder: Path) -> None:
     build_bank.main(["--checkpoint", at("run"), "--references", at("references"), "--output", at("bank")])
 
 
-def open_engines(folder: Path) -> tuple["Engine", "Engine"]:
-    """The floor, and the engine that reads memories from the bank."""
+def open_engines(folder: Path) -> tuple["Engine", "Engine", "Engine"]:
+    """The floor, and engines that read memories from the bank: when a chunk ends, and reading ahead."""
     from megatron_m3.inference.engine import Engine
     from megatron_m3.memory import MemoryBank, WarmSource
     from megatron_m3.model.checkpoint import load_model
@@ -59,12 +59,15 @@ def open_engines(folder: Path) -> tuple["Engine", "Engine"]:
     loaded = load_model(folder / "run")
     bank = MemoryBank.open(folder / "bank", weights_hash=loaded.weights_hash)
     one = bank.read([0])
-    cache_bytes = CACHED_MEMORIES * (one.kv.nbytes + one.positions.nbytes + one.num_kept.nbytes)
+    budgets = {"cache_bytes": CACHED_MEMORIES * bank.record_bytes,
+               "decoded_bytes": CACHED_MEMORIES * (one.kv.nbytes + one.positions.nbytes + one.num_kept.nbytes)}
     retriever = Retriever.open(folder / "index", folder / "references", loaded.tokenizer)
     print(f"bank: {len(bank):,} memories of {bank.record_bytes:,} bytes, codec {bank.codec_name}; "
           f"cache of {CACHED_MEMORIES} memories")
     with_memory = replace(loaded, config=bank.configure(loaded.config))
-    return Engine(loaded), Engine(with_memory, retriever, WarmSource(bank, cache_bytes=cache_bytes))
+    engines = (Engine(with_memory, retriever, WarmSource(bank, **budgets), prefetch_tokens=tokens)
+               for tokens in (0, PREFETCH_TOKENS))
+    return Engine(loaded), *engines
 
 
 def prompts_of(folder: Path, engine: "Engine", length: int, first: int) -> list[list[int]]:
@@ -84,9 +87,9 @@ def drop_page_cache(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(folder: Path, engines: tuple["Engine", "Engine"], length: int, new: int) -> None:
-    """Run both engines in turn, and print the least time of each phase and the ratios."""
-    calls: tuple[list[tuple[Statistics, float]], ...] = ([], [])
+def measure(folder: Path, engines: tuple["Engine", "Engine", "Engine"], length: int, new: int) -> None:
+    """Run all engines in turn, and print the least time of each phase and the ratios."""
+    calls: tuple[list[tuple[Statistics, float]], ...] = ([], [], [])
     for turn in range(ROUNDS):
         for engine, kept in zip(engines, calls, strict=True):
             drop_page_cache(folder)
@@ -95,19 +98,21 @@ def measure(folder: Path, engines: tuple["Engine", "Engine"], length: int, new: 
             found = engine.generate_tokens(prompts, new, stop_at_eos=False)[1]
             kept.append((found, time.process_time() - begin))
     print(f"\nbatch {BATCH}, {length} tokens in, {new} out; best of {ROUNDS}")
-    print(f"{'':<22}{'no memory':>12}{'memory':>12}{'ratio':>9}")
+    print(f"{'':<22}{'no memory':>12}{'memory':>12}{'ratio':>9}{'read ahead':>12}{'ratio':>9}")
 
-    def row(name: str, plain: float, read: float) -> None:
-        print(f"{name:<22}{plain:>12,.2f}{read:>12,.2f}{read / plain:>9.3f}")
+    def row(name: str, plain: float, *others: float) -> None:
+        print(f"{name:<22}{plain:>12,.2f}" + "".join(f"{one:>12,.2f}{one / plain:>9.3f}" for one in others))
 
     row("tokens/s", *(max(one.tokens_per_second for one, _ in kept) for kept in calls))
     row("tokens/CPU s", *(max(one.generated_tokens / seconds for one, seconds in kept) for kept in calls))
     row("prefill ms", *(1e3 * min(one.prefill_seconds for one, _ in kept) for kept in calls))
     row("decode ms a step", *(1e3 * min(one.decode_seconds for one, _ in kept) / (new - 1) for kept in calls))
-    read = min((one for one, _ in calls[1]), key=lambda one: one.total_seconds)
-    print(f"retrieval {1e3 * read.retrieval_seconds:.1f} ms, fetch {1e3 * read.fetch_seconds:.1f} ms of "
-          f"{1e3 * read.total_seconds:,.0f} ms; {read.references_read} references read, {len(read.seen)} distinct, "
-          f"{read.cache_hits} from the cache, {read.cache_misses} from disk")
+    for name, call in zip(("memory", "read ahead"), calls[1:], strict=True):
+        read = min((one for one, _ in call), key=lambda one: one.total_seconds)
+        print(f"{name}: retrieval {1e3 * read.retrieval_seconds:.1f} ms, fetch {1e3 * read.fetch_seconds:.1f} ms of "
+              f"{1e3 * read.total_seconds:,.0f} ms; {read.references_read} references read, {len(read.seen)} distinct, "
+              f"{read.cache_hits} from the caches, {read.cache_misses} from disk; {read.prefetched} read ahead, "
+              f"{read.prefetched_useful} of them useful, {1e3 * read.wait_seconds:.1f} ms waited for them")
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from megatron_m3.platform import select
 if TYPE_CHECKING:
     from megatron_m3.memory import MemoryBank
 
-SIZES, MOST_BYTES, READS, BATCH, ROUNDS = (1_000, 10_000, 100_000, 1_000_000), 6 << 30, 800, 40, 3
+SIZES, MOST_BYTES, READS, BATCH, ROUNDS = (1_000, 10_000, 100_000, 1_000_000), 6 << 30, 400, 40, 3
 
 
 def main() -> None:
