@@ -1,0 +1,119 @@
+"""The nearest centroids of many vectors: a quick inexact product finds the few that may be it, float64 decides.
+
+The product is taken in numbers that the machine multiplies fast. What rounding can do to it is bounded, so that the
+nearest centroid is always among those that are kept; their distances are then taken exactly enough that the result is
+*the* nearest one (the first of several), whatever the product's numbers, the threads or the other vectors of the batch.
+
+Letters: P parts of a vector, each with its own centroids; N vectors, C centroids of a part, F numbers of a part,
+K numbers that the product sums, G groups of centroids.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+GROUP = 128
+"""Centroids whose least distance is looked at first."""
+EXACT = 1 << 16
+"""Distances that are taken exactly at a time."""
+FAR = 1e30
+"""Distance of what only fills up a group."""
+INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+"""Numbers that are not negative have the order of the integers of the same bits, which are compared faster."""
+
+
+class Centroids:
+    """Centroids float32 [P, C, F], prepared for search with products in ``dtype``: bfloat16 or float32."""
+
+    def __init__(self, centroids_PCF: Tensor, dtype: torch.dtype) -> None:
+        parts, count, size = centroids_PCF.shape
+        self.group = min(GROUP, count)
+        exact = functional.pad(centroids_PCF.double(), (0, 0, 0, -count % self.group), value=torch.inf)
+        self.exact = exact.flatten(0, 1)
+        self.mean_P1F = centroids_PCF.mean(1, keepdim=True)
+        centred = centroids_PCF.double() - self.mean_P1F
+        half = centred.square().sum(-1, keepdim=True) / 2
+        rounded, halves = centred.to(dtype), _split(half, dtype)
+        table = exact.new_full((parts, exact.shape[1], size + 4), FAR, dtype=dtype)
+        table[:, :count] = torch.cat([-rounded, halves, torch.ones_like(halves)], -1)
+        table[:, count:, :size] = 0
+        self.table_PKC = table.transpose(1, 2).contiguous()
+        self.longest_P1 = _above(centred.norm(dim=-1))
+        self.rounding_P1 = _above((centred - rounded.double()).norm(dim=-1))
+        self.half_rounding_P1 = _above((half - halves.double().sum(-1, keepdim=True)).abs().squeeze(-1))
+
+    @property
+    def scores(self) -> int:
+        """Numbers that the product makes of one vector."""
+        return self.table_PKC.shape[0] * self.table_PKC.shape[2]
+
+    def nearest(self, vectors_PNF: Tensor, space: Tensor) -> Tensor:
+        """Index of the nearest centroid of every part, int64 [P, N]; ``space`` holds N times :attr:`scores` numbers."""
+        parts, rows, _ = vectors_PNF.shape
+        left_PNK, error_PN = self._left(vectors_PNF)
+        scores_PNC = space[: rows * self.scores].view(parts, rows, -1)
+        torch.bmm(left_PNK, self.table_PKC, out=scores_PNC)
+        whole = scores_PNC.view(INTEGERS[space.dtype])
+        least_PNG = whole.unflatten(-1, (-1, self.group)).amin(-1)
+        least_PN = least_PNG.amin(-1).view(space.dtype).float()
+        # a rounded sum is off by at most half of eps as a share of it, at both ends
+        limit_PN = (least_PN + 2 * error_PN) * (1 + 1.5 * torch.finfo(space.dtype).eps)
+        limit = limit_PN.to(space.dtype).view(whole.dtype)
+        group = (least_PNG <= limit[..., None]).flatten().nonzero().squeeze(1)
+        groups = least_PNG.shape[-1]
+        row = group // groups
+        near = whole.view(-1, self.group).index_select(0, group) <= limit.flatten().index_select(0, row)[:, None]
+        kept, inside = near.nonzero().unbind(1)
+        row, group = row.index_select(0, kept), group.index_select(0, kept)
+        # groups of a part follow each other, as its rows do
+        centroid = (row // rows * groups + group % groups) * self.group + inside
+        nearest_PN = self._decide(vectors_PNF.double().flatten(0, 1), row, centroid).view(parts, rows)
+        first_P = torch.arange(parts, device=nearest_PN.device) * (groups * self.group)
+        return nearest_PN - first_P[:, None]
+
+    def _left(self, vectors_PNF: Tensor) -> tuple[Tensor, Tensor]:
+        """What is multiplied with the table, and how much each row's sums may be off, before they are rounded."""
+        dtype, eps = self.table_PKC.dtype, torch.finfo(torch.float32).eps
+        centred = vectors_PNF - self.mean_P1F
+        rounded = centred.to(dtype)
+        square = centred.square().sum(-1)
+        length = square.sqrt()
+        lost = (centred - rounded).square().sum(-1).sqrt() + eps * length
+        error = lost * self.longest_P1 + (length + lost) * self.rounding_P1 + self.half_rounding_P1
+        terms = self.table_PKC.shape[1] * (length + lost + self.longest_P1).square()
+        error = error * (1 + 64 * eps) + 2 * eps * terms
+        # sums become half the squared distances, and never negative
+        halves = _split((square / 2 * (1 + torch.finfo(dtype).eps ** 2) + error)[..., None], dtype)
+        return torch.cat([rounded, torch.ones_like(halves), halves], -1), error
+
+    def _decide(self, vectors: Tensor, row: Tensor, centroid: Tensor) -> Tensor:
+        """The nearest among pairs of a row of ``vectors`` and a centroid, int64."""
+        pieces = [
+            (vectors.index_select(0, some) - self.exact.index_select(0, which)).square_().sum(-1)
+            for some, which in zip(row.split(EXACT), centroid.split(EXACT), strict=True)
+        ]
+        distance = torch.cat(pieces)
+        best = distance.new_full((len(vectors),), torch.inf).scatter_reduce_(0, row, distance, "amin")
+        won = (distance == best.index_select(0, row)).nonzero().squeeze(1)
+        found = row.new_full((len(vectors),), len(self.exact))
+        return found.scatter_reduce_(0, row.index_select(0, won), centroid.index_select(0, won), "amin")
+
+
+def _above(numbers_PC: Tensor) -> Tensor:
+    """The largest of each row, float32 [P, 1], rounded up."""
+    return (numbers_PC.amax(-1, keepdim=True) * (1 + 1e-6)).float()
+
+
+def _split(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers [..., 1] as sums of two of ``dtype``, [..., 2]; off by less than eps squared of themselves."""
+    first = numbers.to(dtype)
+    return torch.cat([first, (numbers - first.double()).to(dtype)], -1)
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Numbers that ``device`` multiplies fastest."""
+    if device.type == "cpu":
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
