@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+TILE = 4096
+"""Centroids whose distances are in memory at a time."""
 GROUP = 128
 """Centroids whose least distance is looked at first."""
 EXACT = 1 << 16
@@ -29,7 +31,7 @@ class Centroids:
         parts, count, size = centroids_PCF.shape
         self.group = min(GROUP, count)
         exact = functional.pad(centroids_PCF.double(), (0, 0, 0, -count % self.group), value=torch.inf)
-        self.exact = exact.flatten(0, 1)
+        self.exact, self.count = exact.flatten(0, 1), exact.shape[1]
         self.mean_P1F = centroids_PCF.mean(1, keepdim=True)
         centred = centroids_PCF.double() - self.mean_P1F
         half = centred.square().sum(-1, keepdim=True) / 2
@@ -37,50 +39,59 @@ class Centroids:
         table = exact.new_full((parts, exact.shape[1], size + 4), FAR, dtype=dtype)
         table[:, :count] = torch.cat([-rounded, halves, torch.ones_like(halves)], -1)
         table[:, count:, :size] = 0
-        self.table_PKC = table.transpose(1, 2).contiguous()
+        self.tiles_PKC = [tile.transpose(1, 2).contiguous() for tile in table.split(TILE, 1)]
         self.longest_P1 = _above(centred.norm(dim=-1))
         self.rounding_P1 = _above((centred - rounded.double()).norm(dim=-1))
         self.half_rounding_P1 = _above((half - halves.double().sum(-1, keepdim=True)).abs().squeeze(-1))
 
     @property
     def scores(self) -> int:
-        """Numbers that the product makes of one vector."""
-        return self.table_PKC.shape[0] * self.table_PKC.shape[2]
+        """Numbers that the product makes of one vector at a time."""
+        return self.tiles_PKC[0][:, 0].numel()
 
     def nearest(self, vectors_PNF: Tensor, space: Tensor) -> Tensor:
         """Index of the nearest centroid of every part, int64 [P, N]; ``space`` holds N times :attr:`scores` numbers."""
         parts, rows, _ = vectors_PNF.shape
         left_PNK, error_PN = self._left(vectors_PNF)
-        scores_PNC = space[: rows * self.scores].view(parts, rows, -1)
-        torch.bmm(left_PNK, self.table_PKC, out=scores_PNC)
-        whole = scores_PNC.view(INTEGERS[space.dtype])
-        least_PNG = whole.unflatten(-1, (-1, self.group)).amin(-1)
-        least_PN = least_PNG.amin(-1).view(space.dtype).float()
-        # a rounded sum is off by at most half of eps as a share of it, at both ends
-        limit_PN = (least_PN + 2 * error_PN) * (1 + 1.5 * torch.finfo(space.dtype).eps)
-        limit = limit_PN.to(space.dtype).view(whole.dtype)
-        group = (least_PNG <= limit[..., None]).flatten().nonzero().squeeze(1)
-        groups = least_PNG.shape[-1]
-        row = group // groups
-        near = whole.view(-1, self.group).index_select(0, group) <= limit.flatten().index_select(0, row)[:, None]
-        kept, inside = near.nonzero().unbind(1)
-        row, group = row.index_select(0, kept), group.index_select(0, kept)
-        # groups of a part follow each other, as its rows do
-        centroid = (row // rows * groups + group % groups) * self.group + inside
+        integers = INTEGERS[space.dtype]
+        least_PN = torch.full_like(error_PN, torch.iinfo(integers).max, dtype=integers)
+        found = []
+        for place, tile_PKC in enumerate(self.tiles_PKC):
+            scores_PNC = space[: tile_PKC[:, 0].numel() * rows].view(parts, rows, -1)
+            torch.bmm(left_PNK, tile_PKC, out=scores_PNC)
+            scores_PNGH = scores_PNC.view(integers).unflatten(-1, (-1, self.group))
+            least_PNG = scores_PNGH.amin(-1)
+            least_PN = torch.minimum(least_PN, least_PNG.amin(-1))
+            limit = self._limit(least_PN, error_PN, space.dtype)
+            part, row, group = (least_PNG <= limit[..., None]).nonzero().unbind(1)
+            row += part * rows
+            near = scores_PNGH.view(-1, self.group).index_select(0, row * least_PNG.shape[-1] + group)
+            kept, inside = (near <= limit.view(-1).index_select(0, row)[:, None]).nonzero().unbind(1)
+            first = part * self.count + group * self.group + place * TILE
+            found.append((row.index_select(0, kept), first.index_select(0, kept) + inside, near[kept, inside]))
+        row, centroid, score = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+        kept = (score <= limit.view(-1).index_select(0, row)).nonzero().squeeze(1)
+        row, centroid = row.index_select(0, kept), centroid.index_select(0, kept)
         nearest_PN = self._decide(vectors_PNF.double().flatten(0, 1), row, centroid).view(parts, rows)
-        first_P = torch.arange(parts, device=nearest_PN.device) * (groups * self.group)
-        return nearest_PN - first_P[:, None]
+        return nearest_PN - torch.arange(parts, device=nearest_PN.device)[:, None] * self.count
+
+    @staticmethod
+    def _limit(least_PN: Tensor, error_PN: Tensor, dtype: torch.dtype) -> Tensor:
+        """The largest score that the nearest centroid may have, where ``least_PN`` is the least; bits as integers."""
+        # a rounded sum is off by at most half of eps as a share of it, at both ends
+        limit_PN = (least_PN.view(dtype).float() + 2 * error_PN) * (1 + 1.5 * torch.finfo(dtype).eps)
+        return limit_PN.to(dtype).view(least_PN.dtype)
 
     def _left(self, vectors_PNF: Tensor) -> tuple[Tensor, Tensor]:
         """What is multiplied with the table, and how much each row's sums may be off, before they are rounded."""
-        dtype, eps = self.table_PKC.dtype, torch.finfo(torch.float32).eps
+        dtype, eps = self.tiles_PKC[0].dtype, torch.finfo(torch.float32).eps
         centred = vectors_PNF - self.mean_P1F
         rounded = centred.to(dtype)
         square = centred.square().sum(-1)
         length = square.sqrt()
         lost = (centred - rounded).square().sum(-1).sqrt() + eps * length
         error = lost * self.longest_P1 + (length + lost) * self.rounding_P1 + self.half_rounding_P1
-        terms = self.table_PKC.shape[1] * (length + lost + self.longest_P1).square()
+        terms = self.tiles_PKC[0].shape[1] * (length + lost + self.longest_P1).square()
         error = error * (1 + 64 * eps) + 2 * eps * terms
         # sums become half the squared distances, and never negative
         halves = _split((square / 2 * (1 + torch.finfo(dtype).eps ** 2) + error)[..., None], dtype)

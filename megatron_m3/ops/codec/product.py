@@ -61,8 +61,8 @@ class ProductCode:
 
         turn_ED, shift_E = torch.eye(index.d, dtype=torch.float64), torch.zeros(index.d, dtype=torch.float64)
         if isinstance(index, faiss.IndexPreTransform):
-            steps = [faiss.downcast_VectorTransform(index.chain.at(place)) for place in range(index.chain.size())]
-            for step in steps:
+            chain: Any = index.chain
+            for step in (faiss.downcast_VectorTransform(chain.at(place)) for place in range(chain.size())):
                 if not isinstance(step, faiss.LinearTransform) or not step.is_orthonormal:
                     return None
                 matrix = torch.from_numpy(faiss.vector_to_array(step.A)).view(step.d_out, step.d_in).double()
@@ -83,7 +83,8 @@ class ProductCode:
         space, rows = self._space(len(vectors_ND))
         codes_NB = torch.empty(len(vectors_ND), self.code_bytes, dtype=torch.uint8, device=self.device)
         for code_NB, some_ND in zip(codes_NB.split(rows), vectors_ND.split(rows), strict=True):
-            left_NE, indices = self._turn(some_ND), []
+            left_NE = self._turn(some_ND)
+            indices: list[Tensor] = []
             for layer, centroids in zip(self.layers, self._centroids, strict=True):
                 if indices:
                     left_NE = left_NE - self.layers[len(indices) - 1].reconstruct(indices[-1])
@@ -97,8 +98,8 @@ class ProductCode:
         step = max(1, ROWS[self.device.type] // max(1, codes_NB[:1].numel() // self.code_bytes))
         table, starts, offset = self._table
         for code, vectors in zip(codes_NB.split(step), out.split(step), strict=True):
-            found = functional.embedding_bag(self._unpack(code.reshape(-1, self.code_bytes)) + starts, table, mode="sum")
-            vectors.copy_((found + offset).view(vectors.shape))
+            rows_NP = self._unpack(code.reshape(-1, self.code_bytes)) + starts
+            vectors.copy_(functional.embedding_bag(rows_NP, table, mode="sum").add_(offset).view(vectors.shape))
 
     def _space(self, count: int) -> tuple[Tensor, int]:
         """Memory for distances, and how many vectors at a time it is enough for."""
@@ -131,7 +132,8 @@ class ProductCode:
             words_WN[word] |= index_N << first
             if first + bits > WORD:
                 words_WN[word + 1] |= index_N >> (WORD - first)
-        return words_WN.T.contiguous().view(torch.uint8)[:, : self.code_bytes]
+        octets_WNB = words_WN.view(torch.uint8).unflatten(-1, (-1, WORD // 8))
+        return octets_WNB.transpose(0, 1).flatten(1)[:, : self.code_bytes]
 
     def _unpack(self, codes_NB: Tensor) -> Tensor:
         """Indices of codes, int64 [N, P]."""
@@ -154,7 +156,7 @@ class ProductCode:
         """
         rows, starts, total = [], [], 0
         for layer in self.layers:
-            parts, count, size = layer.centroids_PCF.shape
+            _, count, size = layer.centroids_PCF.shape
             for part, book in enumerate(layer.centroids_PCF.double()):
                 rows.append((book @ self.turn_ED[part * size : (part + 1) * size]).float())
                 starts.append(total)
@@ -171,7 +173,8 @@ def _layers(index: Any) -> list[Layer]:
         return [_product(index.pq, 0)]
     if type(index) is not faiss.Index2Layer:
         return []
-    first = faiss.downcast_index(index.q1.quantizer)
+    quantizer: Any = index.q1
+    first = faiss.downcast_index(quantizer.quantizer)
     second = _product(index.pq, 8 * index.code_size_1)
     if isinstance(first, faiss.MultiIndexQuantizer):
         return [_product(first.pq, 0), second]
