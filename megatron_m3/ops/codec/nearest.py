@@ -18,8 +18,6 @@ GROUP = 128
 """Centroids whose least distance is looked at first."""
 EXACT = 1 << 16
 """Distances that are taken exactly at a time."""
-FAR = 1e30
-"""Distance of what only fills up a group."""
 INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 """Numbers that are not negative have the order of the integers of the same bits, which are compared faster."""
 
@@ -28,7 +26,7 @@ class Centroids:
     """Centroids float32 [P, C, F], prepared for search with products in ``dtype``: bfloat16 or float32."""
 
     def __init__(self, centroids_PCF: Tensor, dtype: torch.dtype) -> None:
-        parts, count, size = centroids_PCF.shape
+        count = centroids_PCF.shape[1]
         self.group = min(GROUP, count)
         exact = functional.pad(centroids_PCF.double(), (0, 0, 0, -count % self.group), value=torch.inf)
         self.exact, self.count = exact.flatten(0, 1), exact.shape[1]
@@ -36,9 +34,9 @@ class Centroids:
         centred = centroids_PCF.double() - self.mean_P1F
         half = centred.square().sum(-1, keepdim=True) / 2
         rounded, halves = centred.to(dtype), _split(half, dtype)
-        table = exact.new_full((parts, exact.shape[1], size + 4), FAR, dtype=dtype)
-        table[:, :count] = torch.cat([-rounded, halves, torch.ones_like(halves)], -1)
-        table[:, count:, :size] = 0
+        table = torch.cat([-rounded, halves, torch.ones_like(halves)], -1)
+        # groups are filled up with the first centroid, as if infinitely far
+        table = torch.cat([table, table[:, :1].expand(-1, exact.shape[1] - count, -1)], 1)
         self.tiles_PKC = [tile.transpose(1, 2).contiguous() for tile in table.split(TILE, 1)]
         self.longest_P1 = _above(centred.norm(dim=-1))
         self.rounding_P1 = _above((centred - rounded.double()).norm(dim=-1))
@@ -57,7 +55,7 @@ class Centroids:
         least_PN = torch.full_like(error_PN, torch.iinfo(integers).max, dtype=integers)
         found = []
         for place, tile_PKC in enumerate(self.tiles_PKC):
-            scores_PNC = space[: tile_PKC[:, 0].numel() * rows].view(parts, rows, -1)
+            scores_PNC = space[: tile_PKC[:, 0].numel() * rows].view(parts, rows, tile_PKC.shape[-1])
             torch.bmm(left_PNK, tile_PKC, out=scores_PNC)
             scores_PNGH = scores_PNC.view(integers).unflatten(-1, (-1, self.group))
             least_PNG = scores_PNGH.amin(-1)
