@@ -4,8 +4,8 @@
     python -m tests.benchmarks.bench_codec --checkpoint run --references references
 
 The codec is the default construction, OPQ{D/4}_{D},Residual2x14,PQ8x10, for D = 80 and 64. Vectors are keys of the
-checkpoint where one is given, else Gaussian numbers with as uneven a spectrum. Codebooks come of a few rounds of k-means
-on 65,536 vectors, since what is timed does not depend on how good they are; the vectors timed are others.
+checkpoint where one is given, else Gaussian numbers with as uneven a spectrum. Codebooks come of a few rounds of
+k-means on 65,536 vectors, since what is timed does not depend on how good they are; the vectors timed are others.
 
 Rates are by CPU seconds of all threads, the best of some rounds that take turns, so that other processes on the machine
 count less than in wall time. ``share`` is that of the rate of an fp32 product of 2048 x 2048 matrices that a search
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def real_keys(options: Options) -> np.ndarray:
     from megatron_m3.model.checkpoint import load_model
     from megatron_m3.references import ReferenceStore
 
-    loaded, store = load_model(options.checkpoint), ReferenceStore.open(options.references)
+    loaded, store = load_model(Path(options.checkpoint)), ReferenceStore.open(options.references)
     generator = np.random.default_rng(0)
     ids = generator.choice(len(store), min(options.num_references, len(store)), replace=False)
     held_LG = held_lists(loaded.config.memory_heads, loaded.config.model.num_kv_heads)
@@ -74,8 +75,8 @@ def train(vectors: np.ndarray) -> Any:
     index = make_index(f"OPQ{size // 4}_{size},Residual2x14,PQ8x10", size)
     layers: Any = faiss.downcast_index(index.index)
     coarse: Any = faiss.downcast_index(layers.q1.quantizer)
-    faiss.downcast_VectorTransform(index.chain.at(0)).niter = 2
-    coarse.pq.cp.niter = layers.pq.cp.niter = 2
+    turn: Any = faiss.downcast_VectorTransform(index.chain.at(0))
+    turn.niter = coarse.pq.cp.niter = layers.pq.cp.niter = 2
     index.train(vectors[:-COUNT])
     return index
 

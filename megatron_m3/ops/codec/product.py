@@ -11,6 +11,8 @@ F numbers of a part, B bytes of a code.
 """
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,12 +22,14 @@ from torch.nn import functional
 
 from megatron_m3.ops.codec.nearest import Centroids, product_dtype
 
-SCORES = {"cpu": 1 << 23, "cuda": 1 << 28}
+SCORES = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Distances in memory at a time."""
 WORD = 64
 """Bits of the words that codes are read by."""
 ROWS = {"cpu": 2048, "cuda": 1 << 17}
 """Vectors decoded at a time."""
+SHARED = 1 << 13
+"""Fewest numbers or bytes that are worth a thread."""
 TURN_ROWS = 256
 """Vectors turned at a time: always as many, since the order of a product's sums depends on it."""
 
@@ -80,8 +84,13 @@ class ProductCode:
 
     def encode(self, vectors_ND: Tensor) -> Tensor:
         """Codes uint8 [N, B] of finite float32 vectors."""
-        space, rows = self._space(len(vectors_ND))
         codes_NB = torch.empty(len(vectors_ND), self.code_bytes, dtype=torch.uint8, device=self.device)
+        assert self._centroids
+        self._share(self._encode, vectors_ND, codes_NB)
+        return codes_NB
+
+    def _encode(self, vectors_ND: Tensor, codes_NB: Tensor) -> None:
+        space, rows = self._space(len(vectors_ND))
         for code_NB, some_ND in zip(codes_NB.split(rows), vectors_ND.split(rows), strict=True):
             left_NE = self._turn(some_ND)
             indices: list[Tensor] = []
@@ -91,15 +100,31 @@ class ProductCode:
                 parts_PNF = left_NE.unflatten(-1, (len(layer.centroids_PCF), -1)).transpose(0, 1)
                 indices.append(centroids.nearest(parts_PNF, space))
             code_NB.copy_(self._pack(torch.cat(indices)))
-        return codes_NB
 
     def decode(self, codes_NB: Tensor, out: Tensor) -> None:
         """Write the vectors of codes [..., B] to ``out`` [..., D], of any dtype and strides."""
+        assert self._table
+        self._share(self._decode, codes_NB, out)
+
+    def _decode(self, codes_NB: Tensor, out: Tensor) -> None:
         step = max(1, ROWS[self.device.type] // max(1, codes_NB[:1].numel() // self.code_bytes))
-        table, starts, offset = self._table
+        table, starts = self._table
         for code, vectors in zip(codes_NB.split(step), out.split(step), strict=True):
             rows_NP = self._unpack(code.reshape(-1, self.code_bytes)) + starts
-            vectors.copy_(functional.embedding_bag(rows_NP, table, mode="sum").add_(offset).view(vectors.shape))
+            vectors.copy_(functional.embedding_bag(rows_NP, table, mode="sum").view(vectors.shape))
+
+    def _share(self, work: Callable[[Tensor, Tensor], None], read: Tensor, written: Tensor) -> None:
+        """``work(read, written)``, each thread on a part: single operations are too short to share."""
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        if threads == 1 or read.numel() < SHARED * threads:
+            work(read, written)
+            return
+        size = -(-len(read) // threads)
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(work, read.split(size), written.split(size)))
+        finally:
+            torch.set_num_threads(threads)
 
     def _space(self, count: int) -> tuple[Tensor, int]:
         """Memory for distances, and how many vectors at a time it is enough for."""
@@ -149,8 +174,8 @@ class ProductCode:
         return index_PN.T
 
     @functools.cached_property
-    def _table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What each index adds to a decoded vector [all C, D], the first row of each part, and what all have in common.
+    def _table(self) -> tuple[Tensor, Tensor]:
+        """What each index adds to a decoded vector, float32 [all C, D], and the first row of each part.
 
         Turning back is part of it, so that a vector is a sum of as many rows as it has indices.
         """
@@ -158,11 +183,11 @@ class ProductCode:
         for layer in self.layers:
             _, count, size = layer.centroids_PCF.shape
             for part, book in enumerate(layer.centroids_PCF.double()):
-                rows.append((book @ self.turn_ED[part * size : (part + 1) * size]).float())
+                rows.append(book @ self.turn_ED[part * size : (part + 1) * size])
                 starts.append(total)
                 total += count
-        offset = -(self.shift_E @ self.turn_ED).float()
-        return torch.cat(rows), torch.tensor(starts, device=self.device), offset
+        rows[0] -= self.shift_E @ self.turn_ED
+        return torch.cat(rows).float(), torch.tensor(starts, device=self.device)
 
 
 def _layers(index: Any) -> list[Layer]:
