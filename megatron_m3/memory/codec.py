@@ -1,8 +1,8 @@
 """The codec of a bank: how the key and the value of a kept token become a few bytes (section 3.3, appendix B).
 
-Three kinds: the numbers themselves; a FAISS construction, with codebooks of their own for keys and for values (keys
-carry the rotation of RoPE and a few large channels, values do not); and ``KLTn``, which codes key and value together by
-a transform of each layer and head, see :mod:`megatron_m3.memory.joint_codec`.
+Three kinds: the numbers themselves, whole or in 8 bits; a FAISS construction, with codebooks of their own for keys and
+for values (keys carry the rotation of RoPE and a few large channels, values do not); and ``KLTn``, which codes key and
+value together by a transform of each layer and head, see :mod:`megatron_m3.memory.joint_codec`.
 
 A *list* is what one head of one layer holds of a reference: codes of its kept tokens. Letter C: lists, by layer and
 head; heads that hold no memory in a layer have none there.
@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_m3.errors import M3Error
 from megatron_m3.manifest import Manifest, hash_file, write_manifest
 from megatron_m3.memory.types import ExplicitMemories
-from megatron_m3.ops.codec import FaissVectors, RawVectors, VectorCodec
+from megatron_m3.ops.codec import FaissVectors, Fp8Vectors, RawVectors, VectorCodec
 
 KIND, SCHEMA = "codec", 2
 Dtype = Literal["fp32", "bf16"]
@@ -31,7 +31,7 @@ class Codec(ABC):
     """Turns explicit memories into bytes and back."""
 
     name: str
-    """none, KLT and a number, or the FAISS factory string."""
+    """none, fp8, KLT and a number, or the FAISS factory string."""
     head_size: int
     held_LG: Tensor | None = None
     """Which heads hold memory in which memory layers, bool; None where all do. The bank says it, not the files."""
@@ -47,8 +47,10 @@ class Codec(ABC):
         """Codes uint8 [N, C, K * token_bytes]; those of empty slots may be anything."""
 
     @abstractmethod
-    def decode_lists(self, codes_NCB: np.ndarray, positions_NCK: Tensor, heads: slice) -> Tensor:
-        """Keys and values of the lists of ``heads``, float32 [N, C, 2, K, D]; of empty slots they may be anything."""
+    def decode_lists(
+        self, codes_NCB: np.ndarray, positions_NCK: Tensor, heads: slice, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Keys and values of the lists of ``heads``, [N, C, 2, K, D]; of empty slots they may be anything."""
 
     @abstractmethod
     def empty_lists(self, codes_NCB: np.ndarray, valid_NK: np.ndarray) -> np.ndarray:
@@ -74,14 +76,15 @@ class Codec(ABC):
         return self.empty_lists(codes, memories.valid_slots().numpy())
 
     def decode(
-        self, codes_NCB: np.ndarray, positions_NLGK: Tensor, num_kept_N: Tensor, heads: slice = slice(None)
+        self, codes_NCB: np.ndarray, positions_NLGK: Tensor, num_kept_N: Tensor, heads: slice = slice(None),
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Keys and values of the kv heads ``heads``, float32 [N, L, 2, G, K, D].
+        """Keys and values of the kv heads ``heads``, [N, L, 2, G, K, D].
 
         They are 0 in empty slots, and where a head holds no memory. The codes are of the lists of ``heads`` alone.
         """
         held_LG = self._held(positions_NLGK, heads)
-        kv_NCXKD = self.decode_lists(codes_NCB, positions_NLGK[:, held_LG], heads)
+        kv_NCXKD = self.decode_lists(codes_NCB, positions_NLGK[:, held_LG], heads, dtype)
         empty_NK = torch.arange(kv_NCXKD.shape[3]) >= num_kept_N[:, None]
         if empty_NK.any():
             kv_NCXKD.masked_fill_(empty_NK[:, None, None, :, None], 0)
@@ -154,14 +157,20 @@ class SeparateCodec(Codec):
     def encode_lists(self, kv_NCXKD: Tensor, positions_NCK: Tensor) -> np.ndarray:
         """See :class:`Codec`."""
         parts = (self.key, self.value)
-        codes = [_apply(part.encode, kv_NCXKD[:, :, place].numpy()) for place, part in enumerate(parts)]
-        return np.stack(codes, 2).reshape(*codes[0].shape[:2], codes[0].shape[2] * self.token_bytes)
+        N, C, _, K, D = kv_NCXKD.shape
+        codes = [part.encode(kv_NCXKD[:, :, place].reshape(-1, D).numpy()) for place, part in enumerate(parts)]
+        return np.stack([code.reshape(N, C, -1) for code in codes], 2).reshape(N, C, K * self.token_bytes)
 
-    def decode_lists(self, codes_NCB: np.ndarray, positions_NCK: Tensor, heads: slice) -> Tensor:
+    def decode_lists(
+        self, codes_NCB: np.ndarray, positions_NCK: Tensor, heads: slice, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """See :class:`Codec`."""
-        codes_NCXKB = codes_NCB.reshape(*positions_NCK.shape[:2], 2, positions_NCK.shape[2], self.key.code_bytes)
-        parts = [_apply(part.decode, codes_NCXKB[:, :, place]) for place, part in enumerate((self.key, self.value))]
-        return torch.from_numpy(np.stack(parts, 2))
+        N, C, K = positions_NCK.shape
+        codes_NCXKB = codes_NCB.reshape(N, C, 2, K, self.key.code_bytes)
+        kv_NCXKD = torch.empty(N, C, 2, K, self.head_size, dtype=dtype)
+        for place, part in enumerate((self.key, self.value)):
+            part.decode_into(codes_NCXKB[:, :, place], kv_NCXKD[:, :, place])
+        return kv_NCXKD
 
     def empty_lists(self, codes_NCB: np.ndarray, valid_NK: np.ndarray) -> np.ndarray:
         """See :class:`Codec`."""
@@ -175,7 +184,8 @@ class SeparateCodec(Codec):
 
     def settings(self) -> dict[str, object]:
         """See :class:`Codec`."""
-        return {"dtype": self.dtype, "shared": self.is_shared}
+        scales = [part.scale for part in (self.key, self.value) if isinstance(part, Fp8Vectors)]
+        return {"dtype": self.dtype, "shared": self.is_shared} | ({"scales": scales} if scales else {})
 
     @classmethod
     def from_files(
@@ -186,7 +196,12 @@ class SeparateCodec(Codec):
         dtype: Dtype = settings["dtype"]  # type: ignore[assignment]
         if settings["name"] == "none":
             return cls.none(size, dtype, held_LG)
-        first, *others = (FaissVectors.from_bytes(files[name]) for name in sorted(files))
+        parts: list[VectorCodec]
+        if settings["name"] == "fp8":
+            parts = [Fp8Vectors(size, scale) for scale in settings["scales"]]  # type: ignore[attr-defined]
+        else:
+            parts = [FaissVectors.from_bytes(files[name]) for name in sorted(files)]
+        first, *others = parts[:1] if settings["shared"] else parts
         return cls(name=str(settings["name"]), head_size=size, held_LG=held_LG, dtype=dtype, key=first,
                    value=others[0] if others else first)
 
@@ -199,9 +214,3 @@ def check_finite(memories: ExplicitMemories) -> None:
     """
     if not torch.isfinite(memories.kv).all():
         raise M3Error("checkpoint: its memories are not finite; the training diverged, take another checkpoint")
-
-
-def _apply(function: object, array: np.ndarray) -> np.ndarray:
-    """A function of [N, columns] arrays applied to the last axis of ``array``."""
-    out = function(np.ascontiguousarray(array).reshape(-1, array.shape[-1]))  # type: ignore[operator]
-    return out.reshape(*array.shape[:-1], out.shape[-1])

@@ -1,5 +1,6 @@
 """Codecs by name: which there are, what they take, their training, and reading them from disk."""
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from megatron_m3.memory.codec import KIND, SCHEMA, Codec, Dtype, SeparateCodec, 
 from megatron_m3.memory.joint_codec import JointCodec
 from megatron_m3.memory.sensitivity import Sensitivity
 from megatron_m3.memory.types import ExplicitMemories
-from megatron_m3.ops.codec import FaissVectors, codebook_bytes, vectors_needed
+from megatron_m3.ops.codec import FaissVectors, Fp8Vectors, codebook_bytes, vectors_needed
 from megatron_m3.ops.codec.reference import make_index
 
 JOINT = re.compile(r"KLT([1-9]\d*)")
@@ -60,6 +61,8 @@ def token_bytes(name: str, head_size: int, dtype: Dtype = "bf16") -> int:
     """
     if name == "none":
         return 2 * head_size * (4 if dtype == "fp32" else 2)
+    if name == "fp8":
+        return 2 * head_size
     joint = JOINT.fullmatch(name)
     if joint is None:
         return 2 * int(make_index(name, head_size).sa_code_size())
@@ -94,7 +97,7 @@ def resolve_codec(name: str, head_size: int, sample: SampleSize) -> str:
     if JOINT.fullmatch(name):
         needed, count, what = VECTORS_PER_NUMBER * 2 * head_size, sample.kept_tokens, "kept tokens"
     else:
-        needed, count, what = vectors_needed(name), vectors, "keys"
+        needed, count, what = 1 if name == "fp8" else vectors_needed(name), vectors, "keys"
     if count < needed:
         raise ConfigError(
             f"codec={name}: needs {needed:,} {what} to train on, the sample of {sample.references:,} references "
@@ -105,7 +108,7 @@ def resolve_codec(name: str, head_size: int, sample: SampleSize) -> str:
 
 def codec_file_bytes(name: str, head_size: int, num_lists: int, *, shared: bool = False) -> int:
     """About the bytes of a trained codec on disk."""
-    if name == "none":
+    if name in ("none", "fp8"):
         return 0
     if JOINT.fullmatch(name):
         return 4 * (num_lists * (2 * (2 * head_size) ** 2 + 2 * head_size) + LEVEL_NUMBERS)
@@ -119,11 +122,11 @@ def train_codec(
     """The codec ``name`` for memories like ``sample``; same sample, same bytes.
 
     Args:
-        name: auto, none, KLT and the bytes of a key and value, or a FAISS factory string.
+        name: auto, none, fp8, KLT and the bytes of a key and value, or a FAISS factory string.
         sample: memories of references that were drawn uniformly.
         held_LG: which heads hold memory in which memory layers, bool; the others teach nothing. None: all do.
         dtype: numbers of the codec none.
-        shared: one FAISS codebook for keys and values together.
+        shared: one codebook, or scale of fp8, for keys and values together.
         sensitivity: measures what readers notice; KLT asks for it.
 
     Raises:
@@ -141,10 +144,8 @@ def train_codec(
         assert sensitivity is not None, "KLT needs to know what readers notice"
         return JointCodec.train(token_bytes(name, head_size), sample, sensitivity(), held_LG)
     key, value = sample.vectors(0, held_LG), sample.vectors(1, held_LG)
-    if shared:
-        trained = [FaissVectors.train(name, np.concatenate([key, value]))] * 2
-    else:
-        trained = [FaissVectors.train(name, key), FaissVectors.train(name, value)]
+    train = Fp8Vectors.train if name == "fp8" else functools.partial(FaissVectors.train, name)
+    trained = [train(np.concatenate([key, value]))] * 2 if shared else [train(key), train(value)]
     return SeparateCodec(name=name, head_size=head_size, held_LG=held_LG, dtype=dtype, key=trained[0], value=trained[1])
 
 

@@ -62,12 +62,14 @@ class JointCodec(Codec):
         codes_CNB = self.code.encode(_by_class(_turn(kv_NCXKD, positions_NCK, self.frequency, -1)))
         return np.ascontiguousarray(codes_CNB.reshape(C, N, K * self.token_bytes).transpose(1, 0, 2))
 
-    def decode_lists(self, codes_NCB: np.ndarray, positions_NCK: Tensor, heads: slice) -> Tensor:
+    def decode_lists(
+        self, codes_NCB: np.ndarray, positions_NCK: Tensor, heads: slice, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """See :class:`Codec`."""
         N, C, K = positions_NCK.shape
         codes_CNB = codes_NCB.transpose(1, 0, 2).reshape(C, N * K, self.token_bytes)
         kv_CNKXD = self.code.decode(codes_CNB, self._classes(heads)).view(C, N, K, 2, self.head_size)
-        return _turn(kv_CNKXD.permute(1, 0, 3, 2, 4), positions_NCK, self.frequency, 1)
+        return _turn(kv_CNKXD.permute(1, 0, 3, 2, 4), positions_NCK, self.frequency, 1).to(dtype)
 
     def _classes(self, heads: slice) -> Tensor:
         """Classes of the lists of ``heads``."""

@@ -1,14 +1,17 @@
-"""Vector codecs: plain numbers, or any FAISS standalone codec given by its factory string (section 3.3, appendix B)."""
+"""Vector codecs: plain numbers, or any FAISS codec given by its factory string (section 3.3, appendix B)."""
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_m3.errors import ArtifactError, ConfigError
+from megatron_m3.ops.codec.product import ProductCode
 
 POINTS_PER_CENTROID = 39
 """FAISS's own floor for clustering."""
@@ -22,8 +25,8 @@ class VectorCodec(Protocol):
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """Codes of vectors."""
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Vectors, float32, that codes stand for."""
+    def decode_into(self, codes: np.ndarray, out: Tensor) -> None:
+        """Write the vectors of codes [..., code_bytes] to ``out`` [..., D], of any dtype and strides."""
 
 
 class RawVectors:
@@ -37,16 +40,46 @@ class RawVectors:
         """Codes of vectors; bf16 rounds to nearest."""
         return torch.from_numpy(np.ascontiguousarray(vectors)).to(self.dtype).view(torch.uint8).numpy()
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """The numbers as float32."""
-        return torch.from_numpy(np.ascontiguousarray(codes)).view(self.dtype).float().numpy()
+    def decode_into(self, codes: np.ndarray, out: Tensor) -> None:
+        """Write the numbers to ``out``."""
+        out.copy_(_tensor(codes).view(self.dtype))
+
+
+class Fp8Vectors:
+    """A byte a number: e4m3, times a scale that all vectors share."""
+
+    dtype = torch.float8_e4m3fn
+
+    def __init__(self, head_size: int, scale: float) -> None:
+        """Numbers are stored as multiples of ``scale``, a power of two, up to 448; larger ones become 448."""
+        self.code_bytes, self.scale = head_size, scale
+
+    @classmethod
+    def train(cls, vectors: np.ndarray) -> Self:
+        """With the scale that leaves the largest number of ``vectors`` half of the range or more, at most all of it."""
+        largest = float(np.abs(vectors).max(initial=0.0)) or 1.0
+        return cls(vectors.shape[1], 2.0 ** math.ceil(math.log2(largest / torch.finfo(cls.dtype).max)))
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Codes of vectors, rounded to nearest."""
+        most = torch.finfo(self.dtype).max
+        numbers = (torch.from_numpy(np.ascontiguousarray(vectors)) / self.scale).clamp_(-most, most)
+        return numbers.to(self.dtype).view(torch.uint8).numpy()
+
+    def decode_into(self, codes: np.ndarray, out: Tensor) -> None:
+        """Write the numbers to ``out``."""
+        out.copy_(_tensor(codes).view(self.dtype)).mul_(self.scale)
 
 
 class FaissVectors:
-    """A trained FAISS index used as a codec: ``sa_encode`` and ``sa_decode``."""
+    """A trained FAISS index used as a codec: the codes of ``sa_encode``, the vectors of ``sa_decode``.
+
+    Product codes are computed by :class:`ProductCode`, several times as fast; others by FAISS.
+    """
 
     def __init__(self, index: Any) -> None:
         self.index, self.code_bytes = index, int(index.sa_code_size())
+        self.product = ProductCode.of(index)
 
     @classmethod
     def train(cls, factory: str, vectors: np.ndarray) -> Self:
@@ -63,12 +96,17 @@ class FaissVectors:
         return cls(index)
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Codes of vectors."""
-        return self.index.sa_encode(np.ascontiguousarray(vectors, np.float32))
+        """Codes of vectors, which are finite."""
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        return self.product.encode(torch.from_numpy(vectors)).numpy() if self.product else self.index.sa_encode(vectors)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Vectors that codes stand for."""
-        return self.index.sa_decode(np.ascontiguousarray(codes))
+    def decode_into(self, codes: np.ndarray, out: Tensor) -> None:
+        """Write the vectors that codes stand for to ``out``."""
+        if self.product:
+            self.product.decode(_tensor(codes), out)
+        else:
+            vectors = self.index.sa_decode(np.ascontiguousarray(codes).reshape(-1, self.code_bytes))
+            out.copy_(torch.from_numpy(vectors).view(out.shape))
 
     def to_bytes(self) -> bytes:
         """The trained index, as FAISS stores it."""
@@ -157,3 +195,7 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+
+
+def _tensor(codes: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(codes))

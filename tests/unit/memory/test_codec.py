@@ -90,7 +90,7 @@ def test_two_codebooks_keep_values_better_than_one():
     assert apart.errors(sample)[1] < 0.5 * shared.errors(sample)[1]
 
 
-@pytest.mark.parametrize("name", ["PQ8x4", "none", "SQ8", "KLT11"])
+@pytest.mark.parametrize("name", ["PQ8x4", "none", "fp8", "SQ8", "KLT11"])
 def test_a_saved_codec_is_the_codec(tmp_path, name):
     from megatron_m3.memory import load_codec, train_codec
 
@@ -126,7 +126,7 @@ def test_raw_codecs_keep_the_numbers():
     assert (SeparateCodec.none(16, "fp32").token_bytes, SeparateCodec.none(16, "bf16").token_bytes) == (128, 64)
 
 
-@pytest.mark.parametrize("name", ["SQ8", "KLT16"])
+@pytest.mark.parametrize("name", ["SQ8", "fp8", "KLT16"])
 def test_empty_slots_are_zero_and_teach_nothing(name):
     from megatron_m3.memory import train_codec
 
