@@ -18,9 +18,9 @@ from torch import Tensor
 from megatron_m3.ops.codec import trellis
 from megatron_m3.ops.codec.trellis import MAX_BITS, NORMAL_ERRORS, STATES
 
-TABLE_SAMPLE = 1 << 19
+TABLE_SAMPLE = 1 << 18
 """Coordinates of all groups that tables are fitted to."""
-TABLE_STEPS = 8
+TABLE_STEPS = 6
 TABLE_INERTIA = 8
 """Coordinates that a table's old entry counts for when it is fitted."""
 FLOOR = 1e-6
@@ -72,10 +72,9 @@ class TransformCode:
 
     def encode(self, group: int, vectors_CND: Tensor) -> np.ndarray:
         """Codes uint8 [N, B] of vectors of a group's classes, one of each class in a code."""
-        order_T, bits = self._order(group)
-        tables_TS = self._whole_tables(group)
+        tables_TS, bits = self._whole_tables(group), self._order(group)[1]
         states = [trellis.search(self._numbers(group, part), tables_TS, bits)
-                  for part in vectors_CND.split(8 * trellis.CHUNK, dim=1)]
+                  for part in vectors_CND.split(trellis.CHUNK, dim=1)]
         return trellis.pack(torch.cat(states, 1), bits)
 
     def decode(self, group: int, codes_NB: np.ndarray) -> Tensor:
