@@ -4,7 +4,8 @@ The codes of a sequence of numbers, b_i bits each, are one stream of bits. The v
 (one for each number of bits) at the last STATE_BITS bits of the stream up to and with its own: 2**STATE_BITS values for
 the price of b_i bits, of which each choice leaves 2**b_i to the next number. Which stream is the least wrong is found
 by Viterbi's algorithm; decoding is a look-up at known places. At 2 to 4 bits the error is a third less than that of
-the best scalar quantizer, at others a fifth (Marcellin and Fischer, 1990; the shifted window is that of QTIP, Tseng and others, 2024).
+the best scalar quantizer, at others a fifth (Marcellin and Fischer, 1990; the window is that of QTIP, Tseng and others,
+2024).
 
 Letters: T numbers of a sequence, N sequences, S states, B bytes of a code.
 """
