@@ -22,7 +22,7 @@ from megatron_m3.manifest import Manifest, hash_file, write_manifest
 from megatron_m3.memory.types import ExplicitMemories
 from megatron_m3.ops.codec import FaissVectors, Fp8Vectors, RawVectors, VectorCodec
 
-KIND, SCHEMA = "codec", 2
+KIND, SCHEMA = "codec", 3
 Dtype = Literal["fp32", "bf16"]
 
 

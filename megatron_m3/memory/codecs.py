@@ -18,13 +18,11 @@ from megatron_m3.memory.sensitivity import Sensitivity
 from megatron_m3.memory.types import ExplicitMemories
 from megatron_m3.ops.codec import FaissVectors, Fp8Vectors, codebook_bytes, vectors_needed
 from megatron_m3.ops.codec.reference import make_index
+from megatron_m3.ops.codec.trellis import MAX_BITS, STATES
 
 JOINT = re.compile(r"KLT([1-9]\d*)")
 VECTORS_PER_NUMBER = 2
 """Fewest kept tokens to train KLT on, for each number of a key and value."""
-
-LEVEL_NUMBERS = 9 * 256
-"""Numbers that a KLT codec's levels take."""
 
 
 def load_codec(folder: Path, held_LG: Tensor | None = None) -> tuple[Codec, str]:
@@ -111,7 +109,7 @@ def codec_file_bytes(name: str, head_size: int, num_lists: int, *, shared: bool 
     if name in ("none", "fp8"):
         return 0
     if JOINT.fullmatch(name):
-        return 4 * (num_lists * (2 * (2 * head_size) ** 2 + 2 * head_size) + LEVEL_NUMBERS)
+        return 4 * (num_lists * (2 * (2 * head_size) ** 2 + 2 * 2 * head_size) + (MAX_BITS + 1) * STATES)
     return (1 if shared else 2) * codebook_bytes(name, head_size)
 
 

@@ -1,7 +1,8 @@
-"""The codec KLTn: the key and the value of a kept token in n bytes, by a transform of each memory layer and head.
+"""The codec KLTn: the keys and values of kept tokens in n bytes each, by a transform of each memory layer and head.
 
 Keys are turned back by their positions, which the record holds, so that a head's keys differ by their words alone; what
-all tokens of a head have in common costs nothing; and bits go where a reader would notice an error most.
+all tokens of a head have in common costs nothing; and bits go where a reader would notice an error most. The lists of a
+head, one of each layer, share their bytes: slot k of all of them is one code of n bytes a list.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ from megatron_m3.ops.codec.transform import TransformCode
 
 @dataclass(frozen=True, kw_only=True)
 class JointCodec(Codec):
-    """One transform code for each memory layer and head. A list is the codes of its tokens."""
+    """A transform code whose classes are the lists and whose groups are the heads.
+
+    The bytes of a head's lists are those of its first kept tokens in all layers, then of the second, and so on.
+    """
 
     num_heads: int
     """Key-value heads of the model."""
@@ -47,42 +51,46 @@ class JointCodec(Codec):
         spread_C = torch.einsum("cnd,cde,cne->c", values_CND, value_CDD, values_CND) / values_CND.shape[1]
         weights_CDD[:, :size, :size] = query_CDD * spread_C[:, None, None]
         weights_CDD[:, size:, size:] = value_CDD
-        code = TransformCode.train(vectors_CND, weights_CDD, code_bytes)
+        code = TransformCode.train(vectors_CND, weights_CDD, held_LG.nonzero()[:, 1], code_bytes)
         return cls(name=f"KLT{code_bytes}", head_size=size, held_LG=held_LG, num_heads=held_LG.shape[1], code=code,
                    frequency=sensitivity.frequency)
 
     @property
     def token_bytes(self) -> int:
         """See :class:`Codec`."""
-        return self.code.code_bytes
+        return int(self.code.bits_CD.int().sum()) // (8 * len(self.code.group_C))
 
     def encode_lists(self, kv_NCXKD: Tensor, positions_NCK: Tensor) -> np.ndarray:
         """See :class:`Codec`."""
         N, C, K = positions_NCK.shape
-        codes_CNB = self.code.encode(_by_class(_turn(kv_NCXKD, positions_NCK, self.frequency, -1)))
-        return np.ascontiguousarray(codes_CNB.reshape(C, N, K * self.token_bytes).transpose(1, 0, 2))
+        vectors_CND = _by_class(_turn(kv_NCXKD, positions_NCK, self.frequency, -1))
+        codes_NCB = np.empty((N, C, K * self.token_bytes), np.uint8)
+        for head in self.code.group_C.unique().tolist():
+            lists_C = (self.code.group_C == head).numpy()
+            codes_NCB[:, lists_C] = self.code.encode(head, vectors_CND[lists_C]).reshape(N, -1, codes_NCB.shape[2])
+        return codes_NCB
 
     def decode_lists(
         self, codes_NCB: np.ndarray, positions_NCK: Tensor, heads: slice, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """See :class:`Codec`."""
         N, C, K = positions_NCK.shape
-        codes_CNB = codes_NCB.transpose(1, 0, 2).reshape(C, N * K, self.token_bytes)
-        kv_CNKXD = self.code.decode(codes_CNB, self._classes(heads)).view(C, N, K, 2, self.head_size)
+        head_C = self.code.group_C[torch.isin(self.code.group_C, torch.arange(self.num_heads)[heads])]
+        kv_CNKXD = torch.empty(C, N, K, 2, self.head_size)
+        for head in head_C.unique().tolist():
+            lists_C = (head_C == head).numpy()
+            codes_NB = np.ascontiguousarray(codes_NCB[:, lists_C]).reshape(N * K, -1)
+            kv_CNKXD[lists_C] = self.code.decode(head, codes_NB).reshape(-1, N, K, 2, self.head_size)
         return _turn(kv_CNKXD.permute(1, 0, 3, 2, 4), positions_NCK, self.frequency, 1).to(dtype)
-
-    def _classes(self, heads: slice) -> Tensor:
-        """Classes of the lists of ``heads``."""
-        held_LG = self.held_LG
-        if held_LG is None:
-            held_LG = torch.ones(len(self.code.mean_CD) // self.num_heads, self.num_heads, dtype=torch.bool)
-        class_LG = held_LG.flatten().cumsum(0).view(held_LG.shape) - 1
-        return class_LG[:, heads][held_LG[:, heads]]
 
     def empty_lists(self, codes_NCB: np.ndarray, valid_NK: np.ndarray) -> np.ndarray:
         """See :class:`Codec`."""
-        codes = codes_NCB.reshape(*codes_NCB.shape[:2], valid_NK.shape[1], self.token_bytes)
-        return (codes * valid_NK[:, None, :, None]).reshape(codes_NCB.shape)
+        emptied = codes_NCB.copy()
+        for head in self.code.group_C.unique().tolist():
+            lists_C = (self.code.group_C == head).numpy()
+            codes_NKB = codes_NCB[:, lists_C].reshape(*valid_NK.shape, -1)
+            emptied[:, lists_C] = (codes_NKB * valid_NK[..., None]).reshape(len(codes_NCB), -1, codes_NCB.shape[2])
+        return emptied
 
     def files(self) -> dict[str, bytes]:
         """See :class:`Codec`."""

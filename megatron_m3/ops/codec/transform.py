@@ -1,10 +1,11 @@
-"""Transform coding: each class of vectors has its own mean, its own Karhunen-Loève transform, and its own bits.
+"""Transform coding: each class of vectors has its own mean and Karhunen-Loève transform; groups of classes share bits.
 
-Vectors of a class are centred, turned to uncorrelated coordinates of unit variance, and each coordinate is rounded to
-one of 2**b levels, with more bits where rounding would cost more. Levels are shared by all coordinates of equal bits.
-Errors are measured by a weight matrix of the class: x costs x W x.
+Vectors of a class are centred and turned to uncorrelated coordinates. One vector of each class of a group are coded
+together: all their coordinates share the bits of one code, more where an error costs more, and are rounded together by
+a trellis. Errors are measured by a weight matrix of the class: x costs x W x, and costs of all classes have one unit.
 
-Letters: C classes, N vectors of a class, D numbers of a vector, A bits of a code, B bytes of a code.
+Letters: C classes (those of one group, where a group is named), N vectors of a class, D numbers of a vector, B bytes of
+a code, T coordinates of a group that have bits, S states of the trellis.
 """
 
 from dataclasses import dataclass, fields
@@ -14,76 +15,118 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_BITS = 8
-NORMAL_ERRORS = (1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.000642, 0.000163, 0.0000411)
-"""Mean squared error of the best 2**b levels for a normal variable of variance 1, by b."""
-LEVEL_SAMPLE = 1 << 17
-"""Coordinates that levels are fitted to."""
-LEVEL_STEPS = 30
+from megatron_m3.ops.codec import trellis
+from megatron_m3.ops.codec.trellis import MAX_BITS, NORMAL_ERRORS, STATES
+
+TABLE_SAMPLE = 1 << 18
+"""Coordinates of all groups that tables are fitted to."""
+TABLE_STEPS = 6
+TABLE_INERTIA = 8
+"""Coordinates that a table's old entry counts for when it is fitted."""
 FLOOR = 1e-6
-"""Smallest eigenvalue, as a share of the largest, that counts as one."""
+"""Smallest eigenvalue, as a share of the largest of a class, that counts as one."""
+UNIT = 32
+"""Whole numbers that a typical error of the most wrong coordinate spans where streams are compared."""
 
 
 @dataclass(frozen=True)
 class TransformCode:
-    """A trained code; every class has codes of the same length."""
+    """A trained code."""
 
+    group_C: Tensor
+    """int64: the group of each class."""
     mean_CD: Tensor
     to_CDD: Tensor
-    """Centred vectors times this are coordinates."""
+    """Centred vectors times this are coordinates of variance 1."""
     from_CDD: Tensor
     """Its inverse."""
     bits_CD: Tensor
-    """uint8: bits of each coordinate; their sum is the same in all classes."""
-    levels: Tensor
-    """float32 [9, 256]: the ascending levels of coordinates of b bits in row b."""
-
-    @property
-    def code_bytes(self) -> int:
-        """Bytes of one vector."""
-        return int(self.bits_CD[0].sum()) // 8
+    """uint8: bits of each coordinate."""
+    scale_CD: Tensor
+    """float32: what an error of 1 in a coordinate costs, square root, in the unit of its group's search."""
+    tables: Tensor
+    """float32 [9, S]: the trellis' tables by bits."""
 
     @classmethod
-    def train(cls, vectors_CND: Tensor, weights_CDD: Tensor, code_bytes: int) -> Self:
-        """The code of ``code_bytes`` bytes for vectors like these, the least wrong by ``weights_CDD``."""
+    def train(cls, vectors_CND: Tensor, weights_CDD: Tensor, group_C: Tensor, code_bytes: int) -> Self:
+        """The code for vectors like these with ``code_bytes`` bytes a vector on average over each group's classes.
+
+        It is the least wrong by ``weights_CDD``.
+        """
         mean_CD = vectors_CND.mean(1)
-        centred = vectors_CND - mean_CD[:, None]
         root, inverse_root = _roots(weights_CDD)
-        weighted = centred @ root
+        weighted = (vectors_CND - mean_CD[:, None]) @ root
         variance_CD, axes = torch.linalg.eigh(weighted.transpose(1, 2) @ weighted / vectors_CND.shape[1])
         variance_CD = variance_CD.clamp_min(FLOOR * variance_CD.max(-1, keepdim=True).values).clamp_min(1e-30)
         spread = variance_CD.sqrt()[:, None]
-        to_CDD, from_CDD = root @ axes / spread, (axes * spread).transpose(1, 2) @ inverse_root
-        bits_CD = _share_bits(variance_CD, 8 * code_bytes)
-        levels = _fit_levels((centred @ to_CDD).transpose(1, 2), bits_CD)
-        return cls(mean_CD, to_CDD.contiguous(), from_CDD.contiguous(), bits_CD, levels)
+        bits_CD, scale_CD = torch.zeros(mean_CD.shape, dtype=torch.uint8), torch.zeros_like(mean_CD)
+        for chosen_C in (group_C == group for group in group_C.unique()):
+            bits_CD[chosen_C] = _share_bits(variance_CD[chosen_C], 8 * code_bytes * int(chosen_C.sum()))
+            error_CD = variance_CD[chosen_C] * torch.tensor(NORMAL_ERRORS)[bits_CD[chosen_C].int()]
+            scale_CD[chosen_C] = variance_CD[chosen_C].sqrt() * UNIT / error_CD[bits_CD[chosen_C] > 0].max().sqrt()
+        code = cls(group_C, mean_CD, (root @ axes / spread).contiguous(),
+                   ((axes * spread).transpose(1, 2) @ inverse_root).contiguous(), bits_CD, scale_CD,
+                   trellis.start_tables())
+        code._fit_tables(vectors_CND)
+        return code
 
-    def encode(self, vectors_CND: Tensor) -> np.ndarray:
-        """Codes uint8 [C, N, B]."""
-        coordinates = (vectors_CND - self.mean_CD[:, None]) @ self.to_CDD
-        level_CND = torch.zeros(coordinates.shape, dtype=torch.uint8)
-        for bits in range(1, MAX_BITS + 1):
-            chosen_CD, levels = self.bits_CD == bits, self.levels[bits, : 1 << bits]
-            edges = (levels[1:] + levels[:-1]) / 2
-            level_CND.transpose(1, 2)[chosen_CD] = torch.bucketize(coordinates.transpose(1, 2)[chosen_CD], edges).byte()
-        every_CNA = np.unpackbits(level_CND.numpy(), axis=-1)
-        classes = zip(every_CNA, self._places(), strict=True)
-        return np.stack([np.packbits(every_NA[:, kept_A], axis=-1) for every_NA, kept_A in classes])
+    def encode(self, group: int, vectors_CND: Tensor) -> np.ndarray:
+        """Codes uint8 [N, B] of vectors of a group's classes, one of each class in a code."""
+        tables_TS, bits = self._whole_tables(group), self._order(group)[1]
+        states = [trellis.search(self._numbers(group, part), tables_TS, bits)
+                  for part in vectors_CND.split(trellis.CHUNK, dim=1)]
+        return trellis.pack(torch.cat(states, 1), bits)
 
-    def decode(self, codes_CNB: np.ndarray, classes: Tensor) -> Tensor:
-        """Vectors, float32 [C, N, D], that the codes of ``classes`` stand for."""
-        bits_CD = self.bits_CD[classes]
-        every_CNA = np.zeros((*codes_CNB.shape[:2], MAX_BITS * bits_CD.shape[1]), np.uint8)
-        for every_NA, code_NB, kept_A in zip(every_CNA, codes_CNB, self._places()[classes.numpy()], strict=True):
-            every_NA[:, kept_A] = np.unpackbits(code_NB, axis=-1)
-        level_CND = torch.from_numpy(np.packbits(every_CNA, axis=-1)).int()
-        coordinates = self.levels.flatten()[level_CND + 256 * bits_CD[:, None].int()]
-        return coordinates @ self.from_CDD[classes] + self.mean_CD[classes][:, None]
+    def decode(self, group: int, codes_NB: np.ndarray) -> Tensor:
+        """Vectors, float32 [C, N, D], that the codes of a group stand for."""
+        chosen_C = self.group_C == group
+        bits_CD = self.bits_CD[chosen_C]
+        order_T, bits = self._order(group)
+        ends = torch.zeros(bits_CD.numel(), dtype=torch.int64)
+        ends[order_T] = torch.tensor(bits).cumsum(0)
+        coordinates = trellis.look_up(codes_NB, ends, bits_CD.flatten().long(), self.tables)
+        coordinates_CDN = coordinates.view(*bits_CD.shape, len(codes_NB))
+        vectors_CDN = self.from_CDD[chosen_C].transpose(1, 2) @ coordinates_CDN + self.mean_CD[chosen_C][..., None]
+        return vectors_CDN.transpose(1, 2)
 
-    def _places(self) -> np.ndarray:
-        """Where the bits of a code stand among 8 bits for every coordinate, int64 [C, A]."""
-        kept = torch.arange(MAX_BITS) >= MAX_BITS - self.bits_CD[..., None].int()
-        return kept.flatten(1).nonzero()[:, 1].reshape(len(kept), -1).numpy()
+    def _order(self, group: int) -> tuple[Tensor, list[int]]:
+        """Places of a group's coordinates in the order of their codes, most bits first, and their bits."""
+        bits, order = self.bits_CD[self.group_C == group].flatten().sort(descending=True, stable=True)
+        bits = bits[bits > 0]
+        return order[: len(bits)], bits.tolist()
+
+    def _numbers(self, group: int, vectors_CND: Tensor) -> Tensor:
+        """Coordinates as whole numbers, float32 [T, N], in the order of their codes."""
+        chosen_C = self.group_C == group
+        # in float64, so that how many vectors are encoded together shows in no rounded number
+        centred = vectors_CND.double() - self.mean_CD[chosen_C].double()[:, None]
+        numbers_CND = centred @ (self.to_CDD[chosen_C].double() * self.scale_CD[chosen_C].double()[:, None])
+        return numbers_CND.round().float().transpose(1, 2).flatten(0, 1)[self._order(group)[0]]
+
+    def _whole_tables(self, group: int) -> Tensor:
+        """The table of each coordinate in the unit of its group's search, float32 [T, S]."""
+        order_T, bits = self._order(group)
+        scale_T = self.scale_CD[self.group_C == group].flatten()[order_T]
+        return (self.tables[torch.tensor(bits)] * scale_T[:, None]).round()
+
+    def _fit_tables(self, vectors_CND: Tensor) -> None:
+        """Fit the tables to vectors: in turn, the best streams, and the means of what each entry stands for."""
+        coded = int((self.bits_CD > 0).sum())
+        step = max(1, vectors_CND.shape[1] * coded // TABLE_SAMPLE)
+        groups = self.group_C.unique().tolist()
+        numbers = [self._numbers(group, vectors_CND[self.group_C == group, ::step]) for group in groups]
+        for _ in range(TABLE_STEPS):
+            entries, values = [], []
+            for group, numbers_TN in zip(groups, numbers, strict=True):
+                order_T, bits = self._order(group)
+                states_TN = trellis.search(numbers_TN, self._whole_tables(group), bits)
+                entries.append((states_TN + STATES * torch.tensor(bits)[:, None]).flatten())
+                scale_T = self.scale_CD[self.group_C == group].flatten()[order_T]
+                values.append((numbers_TN / scale_T[:, None]).flatten())
+            every, table = torch.cat(entries), self.tables.flatten()
+            number = torch.bincount(every, minlength=len(table))
+            total = torch.bincount(every, torch.cat(values).double(), minlength=len(table))
+            table.copy_((total + TABLE_INERTIA * table) / (number + TABLE_INERTIA))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that it consists of, by name."""
@@ -101,35 +144,6 @@ def _share_bits(variance_CD: Tensor, total: int) -> Tensor:
     """Bits of each coordinate, uint8: one after another to where it lowers the squared error most."""
     errors = torch.tensor(NORMAL_ERRORS, dtype=variance_CD.dtype)
     # gains fall with every bit of a coordinate, so the greedy choice is the largest ones
-    gain = (variance_CD[..., None] * (errors[:-1] - errors[1:])).flatten(1)
-    taken = gain.argsort(dim=-1, descending=True, stable=True)[:, :total] // MAX_BITS
-    bits = torch.zeros(variance_CD.shape, dtype=torch.int64)
-    return bits.scatter_add_(1, taken, torch.ones_like(taken)).to(torch.uint8)
-
-
-def _fit_levels(coordinates_CDN: Tensor, bits_CD: Tensor) -> Tensor:
-    """Lloyd's levels for the coordinates of each number of bits, row by row; unused rows are 0."""
-    levels = torch.zeros(MAX_BITS + 1, 1 << MAX_BITS)
-    for bits in range(1, MAX_BITS + 1):
-        values = coordinates_CDN[bits_CD == bits].flatten()
-        if len(values):
-            step = -(-len(values) // LEVEL_SAMPLE)
-            levels[bits, : 1 << bits] = _lloyd(values[::step], 1 << bits)
-    return levels
-
-
-def _lloyd(values: Tensor, count: int) -> Tensor:
-    """Ascending levels that round ``values``, of variance 1, with little squared error.
-
-    They start where the best ones for many normal values are, as dense as the cube root of the values' density.
-    """
-    values = values.sort().values
-    levels = 3**0.5 * torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count).to(values.dtype)
-    sums = torch.cat([torch.zeros(1, dtype=torch.float64), values.double().cumsum(0)])
-    for _ in range(LEVEL_STEPS):
-        edges = torch.searchsorted(values, (levels[1:] + levels[:-1]) / 2)
-        ends = torch.cat([torch.zeros(1, dtype=torch.int64), edges, torch.tensor([len(values)])])
-        number = ends.diff()
-        means = (sums[ends].diff() / number.clamp_min(1)).to(values.dtype)
-        levels = torch.where(number > 0, means, levels)
-    return levels.sort().values
+    gain = (variance_CD[..., None] * (errors[:-1] - errors[1:])).flatten()
+    taken = gain.argsort(descending=True, stable=True)[:total] // MAX_BITS
+    return torch.bincount(taken, minlength=variance_CD.numel()).view(variance_CD.shape).to(torch.uint8)

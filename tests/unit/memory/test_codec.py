@@ -105,15 +105,16 @@ def test_a_saved_codec_is_the_codec(tmp_path, name):
     assert again.save(tmp_path / "again", {}) == saved
 
 
-def test_a_damaged_codec_is_refused(tmp_path):
+@pytest.mark.parametrize(("name", "file"), [("SQ8", "keys.faiss"), ("KLT8", "keys_and_values.safetensors")])
+def test_a_damaged_codec_is_refused(tmp_path, name, file):
     from megatron_m3.memory import load_codec, train_codec
 
-    train_codec("SQ8", fake_memories(9)).save(tmp_path / "codec", {})
-    path = tmp_path / "codec" / "keys.faiss"
+    train_codec(name, fake_memories(30), sensitivity=even_sensitivity).save(tmp_path / "codec", {})
+    path = tmp_path / "codec" / file
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"keys.faiss: checksum differs"):
+    with pytest.raises(ArtifactError, match=rf"{file}: checksum differs"):
         load_codec(tmp_path / "codec")
 
 
