@@ -90,7 +90,7 @@ def overview(area: str = "") -> str:
     for group, jobs in JOBS.items():
         shown = [job for job in jobs if not area or job.words[0] == area]
         if shown:
-            lines += [f"{group}:", *(f"  m3 {' '.join(job.words):<20}{job.summary}" for job in shown), ""]
+            lines += [f"{group}:", *(f"  m3 {' '.join(job.words):<22}{job.summary}" for job in shown), ""]
     return "\n".join(lines if area else ["Memory³ on megatron-core", "", *lines, GETTING_STARTED])
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 TILE = 4096
 """Centroids whose distances are in memory at a time."""
-GROUP = 128
+GROUP = 64
 """Centroids whose least distance is looked at first."""
 EXACT = 1 << 16
 """Distances that are taken exactly at a time."""
