@@ -27,8 +27,9 @@ class Watched:
         self.begun.set()
         if self.gate is not None:
             assert self.gate.wait(30)
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
         self.offsets.append((name, offset))
         self.storage.read(name, offset, buffers)
 
@@ -125,7 +126,6 @@ def test_other_errors_of_the_thread_are_raised_by_the_fetch(bank):
     threading.Timer(0.05, gate.set).start()
     with pytest.raises(ZeroDivisionError, match="in the thread"):
         source.fetch([6])
-    storage.error = None
     assert len(source.fetch([6])) == 1
 
 
