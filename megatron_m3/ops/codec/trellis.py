@@ -44,8 +44,9 @@ def search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
         tables_TS: their tables in the same unit, whole numbers as well.
         bits: of each number, 1 to MAX_BITS.
     """
-    parts = [_search(part.contiguous(), tables_TS, bits) for part in numbers_TN.split(CHUNK, dim=1)]
-    return torch.cat(parts, 1) if parts else torch.zeros(numbers_TN.shape, dtype=torch.int64)
+    if not numbers_TN.numel():
+        return torch.zeros(numbers_TN.shape, dtype=torch.int64, device=numbers_TN.device)
+    return torch.cat([_search(part.contiguous(), tables_TS, bits) for part in numbers_TN.split(CHUNK, dim=1)], 1)
 
 
 def _search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
