@@ -131,7 +131,8 @@ def run_encoding(loaded: LoadedModel, tokens_NT: Tensor, plan: "EncodePlan") -> 
     for layer in model.decoder.layers[:last]:
         hidden_SBE, _ = layer(hidden_SBE, attention_mask=None, attention_bias=plan)
     top = model.decoder.layers[last]
-    plan.keep(last, *top.self_attention.get_query_key_value_tensors(top.input_layernorm(hidden_SBE))[:3])
+    query, key, value = top.self_attention.get_query_key_value_tensors(top.input_layernorm(hidden_SBE))[:3]
+    plan.keep(last, query, key, value, plan.rotate(key))
 
 
 class EncodePlan:
@@ -147,22 +148,25 @@ class EncodePlan:
 
     def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
         """See :class:`megatron_m3.model.attention.AttentionPlan`."""
-        self.keep(layer, query_SBHD, key_SBGD, value_SBGD)
-        query, key = (self._rotate(part).transpose(0, 1) for part in (query_SBHD, key_SBGD))
-        return self.backend.causal_attention(query, key, value_SBGD.transpose(0, 1)).transpose(0, 1)
+        rotated_SBGD = self.rotate(key_SBGD)
+        self.keep(layer, query_SBHD, key_SBGD, value_SBGD, rotated_SBGD)
+        query, key, value = (part.transpose(0, 1) for part in (self.rotate(query_SBHD), rotated_SBGD, value_SBGD))
+        return self.backend.causal_attention(query, key, value).transpose(0, 1)
 
-    def _rotate(self, part_SBHD: Tensor) -> Tensor:
+    def rotate(self, part_SBHD: Tensor) -> Tensor:
+        """Queries or keys after RoPE."""
         if self.table is None:
             positions_S1 = torch.arange(len(part_SBHD), device=part_SBHD.device)[:, None]
             self.table = self.rope.table(positions_S1, part_SBHD.dtype)
         return rotate(part_SBHD, self.table)
 
-    def keep(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> None:
-        """Select by queries and keys before RoPE, prefix excluded; keep keys after RoPE and values."""
+    def keep(
+        self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, rotated_SBGD: Tensor
+    ) -> None:
+        """Select by queries and keys before RoPE, prefix excluded; keep the keys after RoPE, and values."""
         keeping = [place for place, config in enumerate(self.configs) if layer in config.memory_layers]
         if not keeping:
             return
-        rotated_SBGD = self._rotate(key_SBGD)
         query_NTHD, key_NTGD, rotated_NTGD, value_NTGD = (
             part[self.prefix_length :].transpose(0, 1) for part in (query_SBHD, key_SBGD, rotated_SBGD, value_SBGD)
         )

@@ -65,7 +65,7 @@ class _QueryMoments(EncodePlan):
         super().__init__([config], prefix_length, lengths_N)
         self.moments: list[Tensor] = []
 
-    def keep(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> None:
+    def keep(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, *rest: Tensor) -> None:
         """See :meth:`EncodePlan.keep`."""
         if layer not in self.configs[0].memory_layers:
             return

@@ -3,12 +3,15 @@
 Letters: N references, T tokens of a reference, H query heads, G key-value heads, D head size, K kept tokens.
 """
 
+import itertools
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 type Rule = Literal["softmax", "exp", "value"]
+SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 28}
+"""Scores of queries and keys held at a time, by device: what stays in a core's cache, or is little of a GPU's."""
 
 
 def token_weights(
@@ -40,7 +43,7 @@ def token_weights(
     if rule == "exp":
         score_NGRTT = score_NGRTT.masked_fill(~valid_NT[:, None, None, :, None], -torch.inf)
         return score_NGRTT.logsumexp((2, 3))
-    attention_NGRTT = score_NGRTT.softmax(-1) * valid_NT[:, None, None, :, None]
+    attention_NGRTT = score_NGRTT.softmax(-1).mul_(valid_NT[:, None, None, :, None])
     weight_NGT = attention_NGRTT.sum((2, 3))
     if rule == "value":
         assert value_NTGD is not None, "rule value needs the values"
@@ -68,7 +71,10 @@ def select_tokens(
         indices ``[N, G, K]``, ascending, 0 where nothing is kept; valid ``[N, K]``, False where nothing is kept.
     """
     T = query_NTHD.shape[1]
-    weight_NGT = token_weights(query_NTHD, key_NTGD, lengths_N, rule, value_NTGD)
+    some = max(1, SCORES_AT_ONCE[query_NTHD.device.type] // (query_NTHD.shape[2] * T * T or 1))
+    values = itertools.repeat(None) if value_NTGD is None else value_NTGD.split(some)
+    parts = zip(query_NTHD.split(some), key_NTGD.split(some), lengths_N.split(some), values, strict=False)
+    weight_NGT = torch.cat([token_weights(query, key, lengths, rule, value) for query, key, lengths, value in parts])
     order_NGT = weight_NGT.argsort(dim=-1, descending=True, stable=True)
     if preferred_GT is not None:
         # padding, whose weight is -inf, stays behind all tokens
