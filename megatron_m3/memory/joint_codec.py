@@ -67,7 +67,8 @@ class JointCodec(Codec):
         codes_NCB = np.empty((N, C, K * self.token_bytes), np.uint8)
         for head in self.code.group_C.unique().tolist():
             lists_C = (self.code.group_C == head).numpy()
-            codes_NCB[:, lists_C] = self.code.encode(head, vectors_CND[lists_C]).reshape(N, -1, codes_NCB.shape[2])
+            codes_NCB[:, lists_C] = self.code.encode(head, vectors_CND[lists_C]).reshape(
+                N, lists_C.sum(), codes_NCB.shape[2])
         return codes_NCB
 
     def decode_lists(self, codes_NCB: np.ndarray, positions_NCK: Tensor, heads: slice) -> Tensor:
@@ -77,8 +78,8 @@ class JointCodec(Codec):
         kv_CNKXD = torch.empty(C, N, K, 2, self.head_size)
         for head in head_C.unique().tolist():
             lists_C = (head_C == head).numpy()
-            codes_NB = np.ascontiguousarray(codes_NCB[:, lists_C]).reshape(N * K, -1)
-            kv_CNKXD[lists_C] = self.code.decode(head, codes_NB).reshape(-1, N, K, 2, self.head_size)
+            codes_NB = np.ascontiguousarray(codes_NCB[:, lists_C]).reshape(N * K, lists_C.sum() * self.token_bytes)
+            kv_CNKXD[lists_C] = self.code.decode(head, codes_NB).reshape(lists_C.sum(), N, K, 2, self.head_size)
         return _turn(kv_CNKXD.permute(1, 0, 3, 2, 4), positions_NCK, self.frequency, 1)
 
     def empty_lists(self, codes_NCB: np.ndarray, valid_NK: np.ndarray) -> np.ndarray:
@@ -86,8 +87,9 @@ class JointCodec(Codec):
         emptied = codes_NCB.copy()
         for head in self.code.group_C.unique().tolist():
             lists_C = (self.code.group_C == head).numpy()
-            codes_NKB = codes_NCB[:, lists_C].reshape(*valid_NK.shape, -1)
-            emptied[:, lists_C] = (codes_NKB * valid_NK[..., None]).reshape(len(codes_NCB), -1, codes_NCB.shape[2])
+            some_NCB = codes_NCB[:, lists_C]
+            some_NKB = some_NCB.reshape(*valid_NK.shape, lists_C.sum() * self.token_bytes)
+            emptied[:, lists_C] = (some_NKB * valid_NK[..., None]).reshape(some_NCB.shape)
         return emptied
 
     def files(self) -> dict[str, bytes]:

@@ -44,8 +44,7 @@ def search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
         tables_TS: their tables in the same unit, whole numbers as well.
         bits: of each number, 1 to MAX_BITS.
     """
-    parts = [_search(part.contiguous(), tables_TS, bits) for part in numbers_TN.split(CHUNK, dim=1)]
-    return torch.cat(parts, 1) if parts else torch.zeros(numbers_TN.shape, dtype=torch.int64)
+    return torch.cat([_search(part.contiguous(), tables_TS, bits) for part in numbers_TN.split(CHUNK, dim=1)], 1)
 
 
 def _search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
@@ -55,10 +54,10 @@ def _search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
     error_SN, least = torch.empty_like(cost_SN), []
     for number_N, table_S, shift in zip(numbers_TN, tables_TS, bits, strict=True):
         # states that differ in their oldest bits alone are followed by the same
-        least.append(cost_SN.view(1 << shift, -1, count).amin(0))
+        least.append(cost_SN.view(1 << shift, STATES >> shift, count).amin(0))
         torch.sub(number_N, table_S[:, None], out=error_SN)
-        error = error_SN.view(-1, 1 << shift, count)
-        torch.addcmul(least[-1][:, None], error, error, out=cost_SN.view(-1, 1 << shift, count))
+        error = error_SN.view(STATES >> shift, 1 << shift, count)
+        torch.addcmul(least[-1][:, None], error, error, out=cost_SN.view(error.shape))
     return _trace(cost_SN.argmin(0), numbers_TN, tables_TS, bits, least)
 
 
