@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-SCHEMA = 2
-"""Of banks and codecs."""
+SCHEMAS = {"bank": 2, "codec": 3}
+STATE_BITS = 9
+"""Bits of a joint code that a number depends on."""
 BANK_SETTINGS = {"num_references", "block_size", "memory_layers", "num_kept_tokens", "selection", "spread", "prefix",
                  "reference_length", "num_kv_heads", "head_size", "codec", "token_bytes"}
 RARE_SETTINGS = frozenset({"memory_heads"})
@@ -112,8 +113,8 @@ def _read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         raise BankError(f"{path}: missing or not readable; give a finished {kind}") from None
     if found != kind:
         raise BankError(f"{folder}: is of kind {found}, not {kind}")
-    if schema != SCHEMA:
-        raise BankError(f"{folder}: {kind} schema {schema}, not {SCHEMA}: {NEWER}")
+    if schema != SCHEMAS[kind]:
+        raise BankError(f"{folder}: {kind} schema {schema}, not {SCHEMAS[kind]}: {NEWER}")
     if digest != recorded:
         raise BankError(f"{path}: changed after it was written; build the bank again")
     for name, file in manifest["files"].items():
@@ -179,35 +180,42 @@ class SeparateCodec:
 
 
 class JointCodec:
-    """Codes of tokens, key and value together: a transform for each list, keys turned back to position 0."""
+    """Codes of a slot's tokens in all layers of a head: a transform for each list, keys turned back to position 0."""
 
     def __init__(self, data: bytes, settings: dict[str, Any], held_LG: Tensor) -> None:
         """The file has the transforms by layer, then by head."""
         tensors = load(data)
         number_LG = held_LG.flatten().cumsum(0).view(held_LG.shape) - 1
         order_C = number_LG.T[held_LG.T]
-        self.mean_CE, self.from_CEE, bits_CE = (tensors[name][order_C] for name in ("mean_CD", "from_CDD", "bits_CD"))
-        self.frequency, bits_CE = tensors["frequency"], bits_CE.int()
-        # where the bits of a code stand among 8 bits for every coordinate
-        stored = (torch.arange(8) >= 8 - bits_CE[..., None]).flatten(1)
-        self.places_CA = stored.nonzero()[:, 1].reshape(len(stored), -1).numpy()
-        self.levels, self.rows_CE = tensors["levels"].flatten(), 256 * bits_CE
+        self.mean_CE, self.from_CEE, self.bits_CE = (
+            tensors[name][order_C] for name in ("mean_CD", "from_CDD", "bits_CD")
+        )
+        self.head_C, self.tables, self.frequency = tensors["group_C"][order_C], tensors["tables"], tensors["frequency"]
         self.head_size: int = settings["head_size"]
 
     def decode(self, codes_CB: np.ndarray, positions_CK: Tensor, kept: int) -> Tensor:
         """See :data:`Decode`."""
         C, K = positions_CK.shape
-        codes_CKB = codes_CB.reshape(C, K, -1)[:, :kept]
-        every_CKA = np.zeros((C, kept, 8 * self.mean_CE.shape[1]), np.uint8)
-        np.put_along_axis(every_CKA, self.places_CA[:, None], np.unpackbits(codes_CKB, axis=-1), -1)
-        level_CKE = torch.from_numpy(np.packbits(every_CKA, axis=-1)).int()
-        vectors_CKE = self.levels[level_CKE + self.rows_CE[:, None]] @ self.from_CEE + self.mean_CE[:, None]
+        numbers = [self._numbers(codes_CB[head_C].reshape(K, -1)[:kept], self.bits_CE[head_C])
+                   for head_C in (self.head_C == head for head in self.head_C.unique())]
+        vectors_CKE = torch.cat(numbers) @ self.from_CEE + self.mean_CE[:, None]
         key_CKD, value_CKD = vectors_CKE.view(C, kept, 2, self.head_size).unbind(2)
         angle = positions_CK[:, :kept, None].double() * self.frequency
         cosine, sine = angle.cos().float(), angle.sin().float()
         first, second = key_CKD.chunk(2, -1)
         turned_CKD = torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
         return torch.stack([turned_CKD, value_CKD], 1)
+
+    def _numbers(self, codes_KB: np.ndarray, bits_CE: Tensor) -> Tensor:
+        """What the codes of a head stand for before its transforms, [C, K, E]; most bits come first in a code."""
+        bits, order = bits_CE.flatten().long().sort(descending=True, stable=True)
+        ends = bits.cumsum(0)[order.argsort()]
+        before = np.zeros((len(codes_KB), STATE_BITS), np.uint8)
+        stream = torch.from_numpy(np.concatenate([before, np.unpackbits(codes_KB, axis=-1)], 1)).long()
+        last = torch.arange(STATE_BITS)
+        state = (stream[:, ends[:, None] + last] << last.flip(0)).sum(-1)
+        numbers = self.tables[bits_CE.flatten().long(), state]
+        return numbers.view(len(codes_KB), *bits_CE.shape).transpose(0, 1)
 
 
 class Tokens:

@@ -56,10 +56,10 @@ def _search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
     error_SN, least = torch.empty_like(cost_SN), []
     for number_N, table_S, shift in zip(numbers_TN, tables_TS, bits, strict=True):
         # states that differ in their oldest bits alone are followed by the same
-        least.append(cost_SN.view(1 << shift, -1, count).amin(0))
+        least.append(cost_SN.view(1 << shift, STATES >> shift, count).amin(0))
         torch.sub(number_N, table_S[:, None], out=error_SN)
-        error = error_SN.view(-1, 1 << shift, count)
-        torch.addcmul(least[-1][:, None], error, error, out=cost_SN.view(-1, 1 << shift, count))
+        error = error_SN.view(STATES >> shift, 1 << shift, count)
+        torch.addcmul(least[-1][:, None], error, error, out=cost_SN.view(error.shape))
     return _trace(cost_SN.argmin(0), numbers_TN, tables_TS, bits, least)
 
 

@@ -101,6 +101,7 @@ def test_a_saved_codec_is_the_codec(tmp_path, name):
     assert (hash, loaded.name, loaded.token_bytes) == (saved, codec.name, codec.token_bytes)
     assert np.array_equal(loaded.encode(sample), codec.encode(sample))
     assert torch.equal(loaded.round_trip(sample).kv, codec.round_trip(sample).kv)
+    assert loaded.round_trip(sample[:0]).kv.shape == sample[:0].kv.shape
     again = train_codec(name, sample, dtype="bf16", sensitivity=even_sensitivity)
     assert again.save(tmp_path / "again", {}) == saved
 
