@@ -17,8 +17,8 @@ class BankConfig:
     output: str
     """Folder of the bank; an unfinished one goes on."""
     codec: str = "auto"
-    """none; auto (the paper's 14 bytes a vector if the sample suffices, else a smaller construction); KLT and the bytes
-    of a key and value together, such as KLT40; or a FAISS factory string such as OPQ20_80,Residual2x14,PQ8x10."""
+    """auto (KLT at the paper's 14 bytes a vector, or fp8 where the sample is small); none; fp8; KLT and the bytes of a
+    key and value together, such as KLT20; or a FAISS factory string such as OPQ20_80,Residual2x14,PQ8x10."""
     codec_from: str = ""
     """Folder of a bank whose codec is taken instead of a new one; two banks can be merged if they share it."""
     codec_sample: int = 1024

@@ -1,8 +1,8 @@
 """The lock of a folder: one writer at a time, known by name, and gone when its process is.
 
-It is a file that is created only where none is, so that it works on network file systems too. Its owner writes a new
-time of expiry into it now and then, through the descriptor that created it: an owner that slept past its time and whose
-lock was taken can no longer touch the new one.
+It is a file that gets its name only where none has it, so that it works on network file systems too. Its owner writes a
+new time of expiry into it now and then, through the descriptor that created it: an owner that slept past its time and
+whose lock was taken can no longer touch the new one.
 """
 
 import contextlib
@@ -105,20 +105,22 @@ class FolderLock:
                                 "changed; give the command again")
 
     def _create(self) -> bool:
-        """Create the file and say so in it; false where it is there already."""
+        """Create the file, whole; false where it is there already."""
         self.owner = Owner.me(self.command, self.lease)
-        try:
-            self._descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-        except FileExistsError:
-            return False
+        temporary = self.path.with_name(f".{NAME}.{self.owner.token}.tmp")
+        self._descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         try:
             self._write(self.owner.expires)
             os.fsync(self._descriptor)
+            os.link(temporary, self.path)
         except OSError as error:
-            self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
-            error.filename = str(self.path)
+            if isinstance(error, FileExistsError):
+                return False
+            error.filename, error.filename2 = str(self.path), None
             raise
+        finally:
+            temporary.unlink(missing_ok=True)
         return True
 
     def _write(self, expires: float) -> None:
@@ -150,7 +152,7 @@ class FolderLock:
         expires = found.expires if found else written + self.lease
         is_gone = found is not None and found.is_gone()
         if not is_gone and time.time() < expires:
-            raise ArtifactError(f"{self.path.parent}: locked by {found or 'a process that just began'}; wait for it; "
+            raise ArtifactError(f"{self.path.parent}: locked by {found or 'a process that is not named'}; wait for it; "
                                 f"without a sign of life from it the lock is free at {_utc(expires)}")
         aside = self.path.with_name(f".{NAME}.{secrets.token_hex(4)}.tmp")
         with contextlib.suppress(FileNotFoundError):
@@ -167,7 +169,7 @@ class FolderLock:
 
 
 def read_owner(path: Path) -> Owner | None:
-    """What a lock says; None where it says nothing readable, as in the moment after its creation.
+    """What a lock says; None where it says nothing readable.
 
     Raises:
         FileNotFoundError: there is none.

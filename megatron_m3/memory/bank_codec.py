@@ -80,8 +80,7 @@ def _train(job: "BankJob", crew: Crew, sample: ExplicitMemories, place: Path) ->
                         shared=job.options.codec_shared, sensitivity=sensitivity)
     if job.options.codec != "none":
         key, value = codec.errors(sample[:: -(-len(sample) // MEASURED)])
-        keys = len(sample.vectors(0, job.memory_lists))
-        why = f" (auto: what {keys:,} keys can train)" * (job.options.codec == "auto")
+        why = " (auto)" * (job.options.codec == "auto")
         print(f"codec {codec.name}{why}: {codec.token_bytes} bytes for a key and value of {head_size} "
               f"numbers each, squared error {key:.4f} of keys, {value:.4f} of values", flush=True)
     with atomic_folder(place) as folder:

@@ -158,8 +158,8 @@ class SeparateCodec(Codec):
         """See :class:`Codec`."""
         parts = (self.key, self.value)
         N, C, _, K, D = kv_NCXKD.shape
-        codes = [part.encode(kv_NCXKD[:, :, place].reshape(-1, D).numpy()) for place, part in enumerate(parts)]
-        return np.stack([code.reshape(N, C, -1) for code in codes], 2).reshape(N, C, K * self.token_bytes)
+        codes = [part.encode(kv_NCXKD[:, :, place].reshape(N * C * K, D).numpy()) for place, part in enumerate(parts)]
+        return np.stack([one.reshape(N, C, K * one.shape[1]) for one in codes], 2).reshape(N, C, K * self.token_bytes)
 
     def decode_lists(
         self, codes_NCB: np.ndarray, positions_NCK: Tensor, heads: slice, dtype: torch.dtype = torch.float32

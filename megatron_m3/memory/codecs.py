@@ -23,6 +23,8 @@ from megatron_m3.ops.codec.trellis import MAX_BITS, STATES
 JOINT = re.compile(r"KLT([1-9]\d*)")
 VECTORS_PER_NUMBER = 2
 """Fewest kept tokens to train KLT on, for each number of a key and value."""
+AUTO_PER_NUMBER = 8
+"""The same where KLT is chosen by itself: what leaves it no worse on other references than on its own."""
 
 
 def load_codec(folder: Path, held_LG: Tensor | None = None) -> tuple[Codec, str]:
@@ -90,7 +92,7 @@ def resolve_codec(name: str, head_size: int, sample: SampleSize) -> str:
         return name
     vectors = sample.kept_tokens * sample.num_lists
     if name == "auto":
-        name = choose_factory(head_size, vectors)
+        name = choose_codec(head_size, sample.kept_tokens)
     token_bytes(name, head_size)
     if JOINT.fullmatch(name):
         needed, count, what = VECTORS_PER_NUMBER * 2 * head_size, sample.kept_tokens, "kept tokens"
@@ -147,22 +149,11 @@ def train_codec(
     return SeparateCodec(name=name, head_size=head_size, held_LG=held_LG, dtype=dtype, key=trained[0], value=trained[1])
 
 
-def choose_factory(head_size: int, num_vectors: int) -> str:
-    """The construction that ``auto`` stands for: the first of these that the head size and the data allow.
+def choose_codec(head_size: int, kept_tokens: int) -> str:
+    """The codec that ``auto`` stands for: KLT at the paper's rate, or fp8 where there is too little to train it on.
 
-    1. ``OPQ{D/4}_{D},Residual2x14,PQ8x10``, the paper's 14 bytes, from 638,976 vectors on;
-    2. ``Residual2x8,PQ16x6``, 14 bytes, from 9,984 vectors on (head sizes divisible by 16);
-    3. ``Residual2x8,PQ8x8``, 10 bytes, from 9,984 vectors on (head sizes divisible by 8);
-    4. ``Residual2x6,PQ16x6``, 14 bytes, from 2,496 vectors on (head sizes divisible by 16);
-    5. ``SQ4``, half a byte a number, from 2 vectors on.
+    KLT takes 14 bytes a vector for heads of 64 to 80 numbers, as the paper's codec does; for smaller heads in
+    proportion to 64, for larger ones to 80. At equal bytes it cost least by far wherever ``m3 memory codecs`` compared.
     """
-    ladder = [
-        (f"OPQ{head_size // 4}_{head_size},Residual2x14,PQ8x10", 8),
-        ("Residual2x8,PQ16x6", 16),
-        ("Residual2x8,PQ8x8", 8),
-        ("Residual2x6,PQ16x6", 16),
-    ]
-    for factory, divisor in ladder:
-        if head_size % divisor == 0 and num_vectors >= vectors_needed(factory):
-            return factory
-    return "SQ4"
+    vector_bytes = 14 * head_size / min(max(head_size, 64), 80)
+    return f"KLT{round(2 * vector_bytes)}" if kept_tokens >= AUTO_PER_NUMBER * 2 * head_size else "fp8"

@@ -41,7 +41,7 @@ def test_a_bank_holds_what_the_model_writes(inputs, built):
         ids = np.random.default_rng(0).permutation(NUM_REFERENCES)[:50]
         fresh = encode_references(loaded, *ReferenceStore.open(inputs / "references").tokens(ids))
     read = bank.read(ids)
-    assert bank.codec_name == "Residual2x6,PQ16x6"
+    assert bank.codec_name == "KLT7"
     assert (read.positions == fresh.positions).all()
     assert (read.num_kept == fresh.num_kept).all()
     error = (read.kv - fresh.kv).square().sum() / fresh.kv.square().sum()

@@ -38,7 +38,8 @@ class RawVectors:
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """Codes of vectors; bf16 rounds to nearest."""
-        return torch.from_numpy(np.ascontiguousarray(vectors)).to(self.dtype).view(torch.uint8).numpy()
+        numbers = torch.from_numpy(np.ascontiguousarray(vectors)).to(self.dtype)
+        return numbers.flatten().view(torch.uint8).view(len(vectors), self.code_bytes).numpy()
 
     def decode_into(self, codes: np.ndarray, out: Tensor) -> None:
         """Write the numbers to ``out``."""

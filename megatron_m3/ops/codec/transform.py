@@ -77,8 +77,11 @@ class TransformCode:
                   for part in vectors_CND.split(trellis.CHUNK, dim=1)]
         return trellis.pack(torch.cat(states, 1), bits)
 
-    def decode(self, group: int, codes_NB: np.ndarray) -> Tensor:
-        """Vectors, float32 [C, N, D], that the codes of a group stand for."""
+    def decode(self, group: int, codes_NB: np.ndarray, together: int) -> Tensor:
+        """Vectors, float32 [C, N, D], that the codes of a group stand for.
+
+        They are multiplied ``together`` at a time, which divides N: last bits depend on that, and not on N.
+        """
         chosen_C = self.group_C == group
         bits_CD = self.bits_CD[chosen_C]
         order_T, bits = self._order(group)
@@ -86,7 +89,10 @@ class TransformCode:
         ends[order_T] = torch.tensor(bits).cumsum(0)
         coordinates = trellis.look_up(codes_NB, ends, bits_CD.flatten().long(), self.tables)
         coordinates_CDN = coordinates.view(*bits_CD.shape, len(codes_NB))
-        vectors_CDN = self.from_CDD[chosen_C].transpose(1, 2) @ coordinates_CDN + self.mean_CD[chosen_C][..., None]
+        from_CDD, mean_CD1 = self.from_CDD[chosen_C].transpose(1, 2), self.mean_CD[chosen_C][..., None]
+        vectors_CDN = torch.empty_like(coordinates_CDN)
+        for part, out in zip(coordinates_CDN.split(together, 2), vectors_CDN.split(together, 2), strict=True):
+            out.copy_(torch.baddbmm(mean_CD1, from_CDD, part.contiguous()))
         return vectors_CDN.transpose(1, 2)
 
     def _order(self, group: int) -> tuple[Tensor, list[int]]:

@@ -31,7 +31,7 @@ def banks(folder, run, references):
     """A finished bank of each codec."""
     from launch.build_bank import main
 
-    for codec in ("none", "auto", "KLT6"):
+    for codec in ("none", "PQ8x4", "KLT6"):
         main(["--checkpoint", str(run), "--references", str(references.folder), "--output", str(folder / codec),
               "--codec", codec, "--block-size", "150", "--batch-tokens", "500"])
     return folder
@@ -80,7 +80,7 @@ def copy(banks, tmp_path):
     return copy
 
 
-@pytest.mark.parametrize("codec", ["none", "auto", "KLT6"])
+@pytest.mark.parametrize("codec", ["none", "PQ8x4", "KLT6"])
 @pytest.mark.parametrize(("sample", "shown"), [(37, 37), (1000, 400)])
 def test_an_undamaged_bank_has_the_same_bits(banks, verify, codec, sample, shown):
     """Also where references are encoded in other batches than in the build, which changes last bits."""
@@ -90,7 +90,7 @@ def test_an_undamaged_bank_has_the_same_bits(banks, verify, codec, sample, shown
     assert f"{shown} references drawn and encoded again: the same bits" in text
 
 
-@pytest.mark.parametrize("codec", ["none", "auto", "KLT6"])
+@pytest.mark.parametrize("codec", ["none", "PQ8x4", "KLT6"])
 def test_a_changed_code_with_fitting_checksums_is_found(copy, verify, codec):
     from launch.verify_bank import main
 
@@ -106,7 +106,7 @@ def test_a_changed_code_with_fitting_checksums_is_found(copy, verify, codec):
 def test_a_sample_sees_what_it_drew(copy, verify):
     from megatron_m3.memory.verify import draw_sample
 
-    bank = copy("auto")
+    bank = copy("PQ8x4")
     drawn = draw_sample(20, 400, 5)
     other = next(id for id in range(400) if id not in drawn)
     change(bank, other, 3)
@@ -119,7 +119,7 @@ def test_a_sample_reads_only_its_records_and_all_reads_everything(copy, verify):
     from megatron_m3.memory import MemoryBank
     from megatron_m3.memory.verify import draw_sample
 
-    bank = copy("auto")
+    bank = copy("PQ8x4")
     drawn, size = draw_sample(20, 400, 0), MemoryBank.open(bank).record_bytes
     other = next(id for id in range(150) if id not in drawn)
     data = bytearray((bank / "shard_000000.bin").read_bytes())
@@ -153,7 +153,7 @@ def test_a_tolerance_accepts_small_errors_of_the_same_tokens(copy, verify):
     change(bank, 9, 3, 0x42)  # its exponent
     status, text = verify(bank, 400, "--tolerance", 0.01)
     assert (status, "2 differ (7, 9), in 2 of" in text) == (1, True)
-    moved = copy("auto")
+    moved = copy("PQ8x4")
     change(moved, 3, MemoryBank.open(moved).record.codes_bytes)
     status, text = verify(moved, 400, "--tolerance", 100)
     assert (status, "1 differ (3), in 1 of 1,600 heads, of which 1 keep other" in text) == (1, True)
@@ -181,7 +181,7 @@ def test_another_model_or_references_are_refused(banks, folder, loaded, run, ref
         save_checkpoint(tmp_path / "run", 1, [loaded.model], replace(loaded.config, data=data))
     finally:
         weight.data.copy_(healthy)
-    words = ["--bank", str(banks / "auto"), "--sample", "5", "--checkpoint"]
+    words = ["--bank", str(banks / "PQ8x4"), "--sample", "5", "--checkpoint"]
     with pytest.raises(ArtifactError, match="made from another checkpoint"):
         main([*words, str(tmp_path / "run"), "--references", str(references.folder)])
     build_knowledge(tmp_path, folder / "tokenizer", count=4, words=5, reference_length=16)

@@ -29,26 +29,21 @@ def even_sensitivity(head_size=16):
 
 
 def test_the_papers_codec_is_14_bytes():
-    from megatron_m3.memory.codecs import choose_factory
     from megatron_m3.ops.codec import vectors_needed
     from megatron_m3.ops.codec.reference import make_index
 
-    assert choose_factory(80, 638_976) == "OPQ20_80,Residual2x14,PQ8x10"
     assert make_index("OPQ20_80,Residual2x14,PQ8x10", 80).sa_code_size() == 14
     assert vectors_needed("OPQ20_80,Residual2x14,PQ8x10") == 638_976
 
 
-@pytest.mark.parametrize(("head_size", "count", "factory", "size"), [
-    (32, 700_000, "OPQ8_32,Residual2x14,PQ8x10", 14), (32, 10_000, "Residual2x8,PQ16x6", 14),
-    (40, 10_000, "Residual2x8,PQ8x8", 10), (32, 2_496, "Residual2x6,PQ16x6", 14), (32, 100, "SQ4", 16),
-    (6, 10_000_000, "SQ4", 3),
+@pytest.mark.parametrize(("head_size", "kept_tokens", "name"), [
+    (80, 1280, "KLT28"), (64, 1024, "KLT28"), (64, 1023, "fp8"), (128, 2048, "KLT45"), (16, 256, "KLT7"),
 ])
-def test_auto_takes_what_the_data_allow(head_size, count, factory, size):
-    from megatron_m3.memory.codecs import choose_factory
-    from megatron_m3.ops.codec.reference import make_index
+def test_auto_takes_the_papers_rate_where_the_sample_allows(head_size, kept_tokens, name):
+    from megatron_m3.memory.codecs import SampleSize, resolve_codec
 
-    assert choose_factory(head_size, count) == factory
-    assert make_index(factory, head_size).sa_code_size() == size
+    sample = SampleSize(references=kept_tokens, kept_tokens=kept_tokens, num_lists=3)
+    assert resolve_codec("auto", head_size, sample) == name
 
 
 @pytest.mark.parametrize(("factory", "needed"), [
