@@ -51,7 +51,7 @@ def test_interleaved_pipeline_wants_whole_rounds_of_micro_batches():
     from megatron_m3.platform import select
 
     select()
-    from megatron_m3.training.setup import check_run
+    from megatron_m3.training.checks import check_run
 
     config = parse_config(["--recipe", "tiny", "--training.output", "x", "--parallel.pipeline", "2",
                            "--parallel.interleave", "2", "--training.micro_batch", "4"])
@@ -64,7 +64,7 @@ def test_sequence_parallelism_wants_reference_tokens_that_divide(stage, fits):
     from megatron_m3.platform import select
 
     select()
-    from megatron_m3.training.setup import check_run
+    from megatron_m3.training.checks import check_run
 
     config = parse_config(["--recipe", "tiny", "--training.output", "x", "--parallel.tensor", "2",
                            "--parallel.sequence", "true", "--memory.reference_length", "5",

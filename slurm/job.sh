@@ -1,0 +1,40 @@
+# How a long job leaves and comes back.
+#
+# run COMMAND...: run a step. When the time is nearly up or the job is preempted (SIGUSR1 or SIGTERM), the step gets
+# SIGUSR1, and once it has left, the job goes back into the queue, to go on from what was saved. So does a job whose
+# step dies, M3_RETRIES times; exit status 2, a user's mistake, ends it.
+M3_RETRIES="${M3_RETRIES:-3}"
+leaving=""
+step=""
+
+ask_to_leave() {
+    leaving=1
+    [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true
+}
+
+requeue() {
+    echo "job $SLURM_JOB_ID: $1; back into the queue" >&2
+    trap - USR1 TERM
+    scontrol requeue "$SLURM_JOB_ID"
+    exec sleep 300 # Slurm ends this script
+}
+
+run() {
+    trap ask_to_leave USR1 TERM
+    "$@" &
+    step=$!
+    status=0
+    while kill -0 "$step" 2>/dev/null; do
+        wait "$step" && status=0 || status=$?
+    done
+    trap '' USR1 TERM
+    [ -z "$leaving" ] || requeue "was asked to leave"
+    [ "$status" -ne 0 ] || exit 0
+    failures="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%k)"
+    [[ "$failures" =~ ^[0-9]+$ ]] || failures=0
+    if [ "$status" -ne 2 ] && [ "$failures" -lt "$M3_RETRIES" ]; then
+        scontrol update JobId="$SLURM_JOB_ID" Comment="$((failures + 1))"
+        requeue "step failed with status $status, try $((failures + 1)) of $M3_RETRIES"
+    fi
+    exit "$status"
+}
