@@ -11,7 +11,7 @@
         makes: tokens               # in the output: a folder finished when it has a manifest, or a file
         after: [tokenizer]
         slurm: {time: 30}           # sbatch options of this job
-        array: [a, b]               # one element for each word, which stands for @ in run and makes
+        array: news books           # one element for each word, which stands for @ in run and makes
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ class _StepText:
     run: str
     makes: str
     after: tuple[str, ...] = ()
-    array: tuple[str, ...] = ()
+    array: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,20 +192,20 @@ def _make_step(where: str, chain: str, name: str, text: _StepText, options: dict
     if not base.is_file():
         known = ", ".join(sorted(path.stem for path in SCRIPTS.glob("*.sbatch")))
         raise ConfigError(f"{where}.script={text.script}: unknown; known are {known}")
-    output = Path(variables["output"])
-    log = output / "slurm" / f"{name}-{'%A_%a' if text.array else '%j'}.log"
+    output, array = Path(variables["output"]), _fill(text.array, variables, f"{where}.array").split()
+    log = output / "slurm" / f"{name}-{'%A_%a' if array else '%j'}.log"
     own: dict[str, Any] = {"job-name": f"{chain}.{name}", "output": str(log)}
-    if text.array:
-        own["array"] = f"0-{len(text.array) - 1}"
+    if array:
+        own["array"] = f"0-{len(array) - 1}"
     try:
         words = shlex.split(_fill(text.run, variables, f"{where}.run"))
     except ValueError as error:
         raise ConfigError(f"{where}.run: {error}") from None
     makes = output / _fill(text.makes, variables, f"{where}.makes")
-    script = render(base.read_text(), options | own, words, text.array)
+    script = render(base.read_text(), options | own, words, array)
     digest = hashlib.sha256("\0".join([script, *(step.hash for step in before)]).encode()).hexdigest()
     return Step(name=name, script=script, after=text.after, log=log, hash=digest,
-                makes=tuple(Path(str(makes).replace("@", word)) for word in text.array) or (makes,))
+                makes=tuple(Path(str(makes).replace("@", word)) for word in array) or (makes,))
 
 
 def render(base: str, options: Mapping[str, Any], words: Sequence[str], array: Sequence[str] = ()) -> str:

@@ -24,7 +24,7 @@ REASONS = {
     "NodeDown": "a node died",
 }
 """Slurm's reasons in words."""
-NOISE = ("srun:", "slurmstepd:", "Traceback", "  ")
+NOISE = ("srun:", "slurmstepd")
 """Beginnings of log lines that say less than others."""
 
 
@@ -90,7 +90,7 @@ def stand(chain: Chain, step: Step, submitted: Submitted | None) -> Standing:
         return Standing(step=step.name, state="not submitted",
                         why="its settings are other than those submitted" * bool(submitted))
     if step.is_made and not active:
-        return Standing(step=step.name, state="finished", line=last_line(step, submitted))
+        return Standing(step=step.name, state="finished")
     state = joint_state(jobs)
     if state in ("COMPLETED", GONE):
         why = "Slurm has forgotten the job" if state == GONE else "ended well"

@@ -15,7 +15,8 @@ from tests.launcher import ROOT, free_port
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-DEADLINE = 60
+DEADLINE = 600
+"""Seconds; far more than anything here takes on a machine that does nothing else."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE")
 
 CONF = """\
@@ -87,6 +88,34 @@ class Cluster:
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout.strip()
 
+    def submit(self, *words: object) -> str:
+        """Number of the job that sbatch makes of ``words``."""
+        return self.run("sbatch", "--parsable", *words)
+
+    def jobs(self, number: str) -> list[dict[str, str]]:
+        """What Slurm says of a job, or of each element of an array."""
+        lines = self.run("scontrol", "--oneliner", "show", "job", number).splitlines()
+        return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines if line]
+
+    def wait_for(self, number: str, *states: str) -> dict[str, str]:
+        """Wait until a job is in one of ``states``; the log of one that ended otherwise is in the message."""
+        def reached() -> bool:
+            found = {job["JobState"] for job in self.jobs(number)}
+            assert not found & set(ENDED) - set(states), f"job {number}: {found}\n{self.log(number)}"
+            return found <= set(states)
+        wait_until(reached, f"job {number} did not become {states}", interval=0.3)
+        return self.jobs(number)[0]
+
+    def log(self, number: str) -> str:
+        """What a job has printed."""
+        path = Path(self.jobs(number)[0]["StdOut"])
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def begin_now(self, number: str) -> None:
+        """Spare a job that went back into the queue the pause of two minutes."""
+        self.wait_for(number, "PENDING")
+        self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+
     def start(self, name: str, *command: str) -> None:
         """Start a daemon in the foreground of a process group of its own."""
         with (self.folder / f"{name}.out").open("w") as output:
@@ -146,7 +175,7 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         cluster.start("slurmctld", "slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
             cluster.start(node, "slurmd", "-D", "-N", node)
-        wait_until(lambda: cluster.run("sinfo", "-h", "-N", "-p", "low", "-o", "%N %t", check=False).count(" idle") >= 2,
+        wait_until(lambda: cluster.run("sinfo", "-hNp", "low", "-o", "%t", check=False).split() == ["idle", "idle"],
                    "the nodes did not come up")
         yield cluster
     finally:
