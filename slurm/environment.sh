@@ -22,7 +22,7 @@ M3_MPI="${M3_MPI:-pmi2}"
 # Processes on each node: its GPUs, or one without any.
 gpus="${SLURM_GPUS_ON_NODE:-$(command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 0)}"
 export M3_PROCESSES_PER_NODE="${M3_PROCESSES_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 
 # Tensor and sequence parallelism overlap rightly only with one queue (GPUs before Blackwell).
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

@@ -1,8 +1,9 @@
 # How a long job leaves and comes back.
 #
-# run COMMAND...: run a step. When the time is nearly up or the job is preempted (SIGUSR1 or SIGTERM), the step gets
-# SIGUSR1, and once it has left, the job goes back into the queue, to go on from what was saved. So does a job whose
-# step dies, M3_RETRIES times; exit status 2, a user's mistake, ends it.
+# run COMMAND...: run a step. When the time is nearly up (SIGUSR1), the step gets SIGUSR1, and once it has left, the job
+# goes back into the queue, to go on from what was saved. So does a job that is preempted, where Slurm itself sends
+# SIGTERM to the step, and to nothing else, and one whose step dies, M3_RETRIES times; exit status 2, a user's mistake,
+# ends it.
 M3_RETRIES="${M3_RETRIES:-3}"
 leaving=""
 step=""
@@ -10,6 +11,16 @@ step=""
 ask_to_leave() {
     leaving=1
     [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true
+}
+
+job_field() {
+    scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o " $1=[^ ]*" | cut -d= -f2
+}
+
+is_preempted() {
+    local preempted
+    preempted="$(job_field PreemptTime)"
+    [[ "$preempted" == 2* && "$preempted" > "$(job_field StartTime)" ]]
 }
 
 requeue() {
@@ -28,7 +39,8 @@ run() {
         wait "$step" && status=0 || status=$?
     done
     trap '' USR1 TERM
-    [ -z "$leaving" ] || requeue "was asked to leave"
+    [ -z "$leaving" ] || requeue "its time was nearly up"
+    ! is_preempted || requeue "was preempted"
     [ "$status" -ne 0 ] || exit 0
     failures="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%k)"
     [[ "$failures" =~ ^[0-9]+$ ]] || failures=0

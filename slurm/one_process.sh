@@ -3,4 +3,4 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     read -r -a elements <<<"${M3_ARRAY:?an array needs M3_ARRAY, the words of its elements}"
     set -- "${@//@/${elements[$SLURM_ARRAY_TASK_ID]}}"
 fi
-srun "${M3_SRUN[@]}" --ntasks=1 python -m launch.m3 "$@"
+srun "${M3_SRUN[@]}" --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python -m launch.m3 "$@"

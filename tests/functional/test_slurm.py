@@ -32,6 +32,21 @@ if [ -n "${SLURM_RESTART_COUNT:-}" ]; then echo came back; exit; fi
 run srun bash -c 'trap "echo saved and left; exit" USR1; while sleep 0.1; do :; done'
 """
 
+LIVES = """\
+#!/usr/bin/env bash
+#SBATCH --nodes=2
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+source slurm/job.sh
+case "${SLURM_RESTART_COUNT:-0}" in
+    0) run srun bash -c 'trap "sleep 0.5; echo saved; exit" TERM; echo ready; while sleep 0.1; do :; done' ;;
+    1) run srun bash -c 'kill -KILL $$' ;;
+    2) run srun bash -c 'exit 2' ;;
+esac
+"""
+
 
 @pytest.fixture(scope="module")
 def cluster():
@@ -101,6 +116,28 @@ def worker(module, under):
     return None
 
 
+def preempt(cluster, job):
+    """Give the nodes of ``job`` to another one that is more urgent; afterwards it begins again."""
+    urgent = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true")
+    cluster.wait_for(urgent, "COMPLETED")
+    cluster.begin_now(job)
+
+
+def test_what_brings_a_job_back_and_what_ends_it(cluster, tmp_path):
+    (tmp_path / "job.sh").write_text(LIVES)
+    job = cluster.submit("--output", tmp_path / "log", tmp_path / "job.sh")
+    wait_until(lambda: cluster.log(job).count("ready") == 2, "no step")
+    preempt(cluster, job)
+    wait_until(lambda: cluster.jobs(job)[0]["Restarts"] == "2", "the killed step was not repeated")
+    cluster.begin_now(job)
+    ended = cluster.wait_for(job, "FAILED")
+    assert (ended["Restarts"], ended["ExitCode"]) == ("2", "2:0")
+    log = cluster.log(job)
+    assert log.count("saved") == 2
+    assert "was preempted; back into the queue" in log
+    assert "step failed with status 137, try 1 of 3; back into the queue" in log
+
+
 def test_a_chain_runs_once_over_two_nodes(cluster, chain):
     output, first, second = chain
     assert [step["done"] for step in first.values()] == ["submitted"] * 11
@@ -128,9 +165,7 @@ def test_a_preempted_training_goes_on_to_the_same_losses(cluster, chain, tmp_pat
     run = tmp_path / "run"
     job = cluster.submit("--nodes=2", "--output", tmp_path / "log", "slurm/pretrain.sbatch", *training(chain[0], run))
     wait_until(lambda: has_steps(run, 1) or cluster.wait_for(job, "PENDING", "RUNNING") is None, "no step was taken")
-    urgent = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true")
-    cluster.wait_for(urgent, "COMPLETED")
-    cluster.begin_now(job)
+    preempt(cluster, job)
     taken = len(curve(run))
     assert taken < STEPS
     assert cluster.wait_for(job, "COMPLETED")["Restarts"] == "1"
