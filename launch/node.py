@@ -8,17 +8,14 @@ The exit status is that of the process that failed first, so that a user's mista
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from types import FrameType
 
 from launch.pretrain import parse_config
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.training.checks import largest_world
-from megatron_m3.training.telling import PATIENCE
 
 ASKED_TO_LEAVE = (signal.SIGUSR1, signal.SIGTERM)
-USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,8 +52,6 @@ def _run_agent(num_nodes: int, processes: int, words: list[str]) -> int:
         ])
     except ChildFailedError as error:
         status = error.get_first_failure()[1].exitcode
-        if status == USER_ERROR:  # others meet it too; srun, which ends them when this node leaves, would tell of that
-            time.sleep(2 * PATIENCE)
         return 128 - status if status < 0 else status
     return 0
 

@@ -26,6 +26,8 @@ REASONS = {
 """Slurm's reasons in words."""
 NOISE = ("srun:", "slurmstepd")
 """Beginnings of log lines that say less than others."""
+TAIL = 30
+"""Last lines of a log among which a user's mistake is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ def last_metrics(step: Step) -> dict[str, float] | None:
 
 
 def last_line(step: Step, submitted: Submitted) -> str:
-    """The last step line of a training; of another job, or before the first step, the log's last line."""
+    """The last step line of a training; of another job, or before the first step, the log's last line, or its last mistake."""
     metrics = last_metrics(step)
     if metrics is not None:
         from megatron_m3.training.metrics import step_line
@@ -143,7 +145,9 @@ def last_line(step: Step, submitted: Submitted) -> str:
     pattern = step.log.name.replace("%j", submitted.job).replace("%A", submitted.job).replace("%a", "*")
     for path in sorted(step.log.parent.glob(pattern), key=lambda log: log.stat().st_mtime, reverse=True):
         lines = [line for line in path.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-        return next((line for line in reversed(lines) if not line.startswith(NOISE)), lines[-1] if lines else "")
+        told = [line for line in lines[-TAIL:] if line.startswith("error: ")]
+        telling = told or [line for line in lines if not line.startswith(NOISE)] or lines
+        return telling[-1] if telling else ""
     return ""
 
 

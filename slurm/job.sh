@@ -2,9 +2,9 @@
 #
 # run COMMAND...: run a step. When the time is nearly up (SIGUSR1), the step gets SIGUSR1, and once it has left, the job
 # goes back into the queue, to go on from what was saved. So does a job that is preempted, where Slurm itself sends
-# SIGTERM to the step, and to nothing else, and one whose step dies, M3_RETRIES times; exit status 2, a user's mistake,
-# ends it.
+# SIGTERM to the step, and to nothing else, and one whose step dies, M3_RETRIES times. A user's mistake ends it.
 M3_RETRIES="${M3_RETRIES:-3}"
+MISTAKE=250 # what slurm/task.sh makes of status 2
 leaving=""
 step=""
 
@@ -42,9 +42,10 @@ run() {
     [ -z "$leaving" ] || requeue "its time was nearly up"
     ! is_preempted || requeue "was preempted"
     [ "$status" -ne 0 ] || exit 0
+    [ "$status" -ne "$MISTAKE" ] || exit 2
     failures="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%k)"
     [[ "$failures" =~ ^[0-9]+$ ]] || failures=0
-    if [ "$status" -ne 2 ] && [ "$failures" -lt "$M3_RETRIES" ]; then
+    if [ "$failures" -lt "$M3_RETRIES" ]; then
         scontrol update JobId="$SLURM_JOB_ID" Comment="$((failures + 1))"
         requeue "step failed with status $status, try $((failures + 1)) of $M3_RETRIES"
     fi

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.launcher import ROOT, free_port
 
-NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "setpriv")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 DEADLINE = 600
 """Seconds; far more than anything here takes on a machine that does nothing else."""
@@ -112,16 +112,16 @@ class Cluster:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def begin_now(self, number: str) -> None:
-        """Spare a job that went back into the queue the pause of two minutes."""
+        """Spare a job that went back into the queue the pause of two minutes, but for what a node takes to end it."""
         self.wait_for(number, "PENDING")
-        self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+        self.run("scontrol", "update", f"JobId={number}", "StartTime=now+2")
 
     def start(self, name: str, *command: str) -> None:
-        """Start a daemon in the foreground of a process group of its own."""
+        """Start a daemon in the foreground of a session of its own; it ends with this process, however that ends."""
+        guarded = ["setpriv", "--pdeathsig", "TERM", str(shutil.which(command[0], path=PATH)), *command[1:]]
         with (self.folder / f"{name}.out").open("w") as output:
-            self.processes[name] = subprocess.Popen(
-                [str(shutil.which(command[0], path=PATH)), *command[1:]], env=self.environment, start_new_session=True,
-                stdout=output, stderr=subprocess.STDOUT)
+            self.processes[name] = subprocess.Popen(guarded, env=self.environment, start_new_session=True,
+                                                    stdout=output, stderr=subprocess.STDOUT)
 
     def stop(self) -> None:
         """Cancel all jobs, end the daemons that were started here, and wait for them."""

@@ -43,7 +43,7 @@ source slurm/job.sh
 case "${SLURM_RESTART_COUNT:-0}" in
     0) run srun bash -c 'trap "sleep 0.5; echo saved; exit" TERM; echo ready; while sleep 0.1; do :; done' ;;
     1) run srun bash -c 'kill -KILL $$' ;;
-    2) run srun bash -c 'exit 2' ;;
+    2) run srun --kill-on-bad-exit=1 bash slurm/task.sh bash -c 'exec >&2; [ $SLURM_NODEID = 1 ] && exit 2; sleep 60' ;;
 esac
 """
 

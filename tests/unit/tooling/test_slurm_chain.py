@@ -169,6 +169,8 @@ def test_the_last_line_is_that_of_the_job_not_of_srun(path: Path, tmp_path: Path
     chain = load_chain(path, (f"output={tmp_path / 'run'}",))
     chain.folder.mkdir(parents=True)
     second = chain.steps[1]
-    (chain.folder / "second-12.log").write_text("begin\nerror: no tokens\nsrun: error: n1: Exited with exit code 2\n")
+    (chain.folder / "second-12.log").write_text("begin\nerror: no tokens\nE1 failed\nsrun: error: n1: Exited\n")
     assert last_line(second, Submitted(job="12", hash="")) == "error: no tokens"
+    (chain.folder / "second-12.log").write_text("begin\n10 of 20\rslurmstepd-n1: error: JOB 12 CANCELLED\n")
+    assert last_line(second, Submitted(job="12", hash="")) == "10 of 20"
     assert last_line(second, Submitted(job="13", hash="")) == ""
