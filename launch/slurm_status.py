@@ -98,13 +98,13 @@ def stand(chain: Chain, step: Step, submitted: Submitted | None) -> Standing:
         why = "Slurm has forgotten the job" if state == GONE else "ended well"
         missing = next((path for path in step.makes if not path.exists()), step.makes[0])
         return Standing(step=step.name, state="failed", job=submitted.job, why=f"{why}, but {missing} is not whole",
-                        line=last_line(step, submitted), log=str(step.log))
+                        line=last_line(step, submitted, is_failed=True), log=str(step.log))
     job = next(one for one in jobs if one.state == state)
     metrics = last_metrics(step)
     return Standing(
         step=step.name, state=state.lower(), job=submitted.job, why=explain(job), nodes=job.nodes,
         elapsed=job.elapsed if job.state not in WAITING else "", restarts=int(job.restarts),
-        line="" if job.state in WAITING and job.restarts == "0" else last_line(step, submitted),
+        line="" if job.state in WAITING and job.restarts == "0" else last_line(step, submitted, is_failed=not active),
         tokens_per_second=metrics["tokens_per_second"] if metrics else None, log=str(step.log),
     )
 
@@ -135,10 +135,10 @@ def last_metrics(step: Step) -> dict[str, float] | None:
     return None
 
 
-def last_line(step: Step, submitted: Submitted) -> str:
-    """The last step line of a training; of another job, or before the first step, the log's last line, or its last mistake."""
+def last_line(step: Step, submitted: Submitted, *, is_failed: bool = False) -> str:
+    """The last step line of a training; where there is none or it failed, the log's last mistake, or its last line."""
     metrics = last_metrics(step)
-    if metrics is not None:
+    if metrics is not None and not is_failed:
         from megatron_m3.training.metrics import step_line
 
         return step_line(metrics)

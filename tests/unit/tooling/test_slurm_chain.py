@@ -1,5 +1,6 @@
 """Chains of Slurm jobs: what a YAML file becomes, and what is wrong with one that becomes nothing."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -174,3 +175,18 @@ def test_the_last_line_is_that_of_the_job_not_of_srun(path: Path, tmp_path: Path
     (chain.folder / "second-12.log").write_text("begin\n10 of 20\rslurmstepd-n1: error: JOB 12 CANCELLED\n")
     assert last_line(second, Submitted(job="12", hash="")) == "10 of 20"
     assert last_line(second, Submitted(job="13", hash="")) == ""
+
+
+def test_a_training_is_told_by_its_step_line_unless_it_failed(path: Path, tmp_path: Path) -> None:
+    chain = load_chain(path, (f"output={tmp_path / 'run'}",))
+    second, submitted = chain.steps[1], Submitted(job="12", hash="")
+    chain.folder.mkdir(parents=True)
+    second.makes[0].parent.mkdir()
+    record = {"step": 3, "steps": 9, "loss": 2.5, "grad_norm": 1, "lr": 0.1, "tokens_per_second": 1234, "mfu": 0.4,
+              "seconds_left": 60}
+    lines = json.dumps(record) + '\n{"event": "rollback", "loss": 1}\n{"st'
+    (second.makes[0].parent / "metrics.jsonl").write_text(lines)
+    (chain.folder / "second-12.log").write_text("error: no tokens\n")
+    assert last_line(second, submitted).startswith("step 3/9  33% | loss 2.5000")
+    assert "1.23k tokens/s" in last_line(second, submitted)
+    assert last_line(second, submitted, is_failed=True) == "error: no tokens"
