@@ -60,7 +60,8 @@ def ask_slurm(job_id: str) -> list[Job]:
     if done.returncode == 0:
         return [_read_job(line) for line in done.stdout.splitlines() if line.startswith("JobId=")]
     if "Invalid job id" not in done.stderr:
-        raise M3Error(f"scontrol: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'failed'}")
+        told = done.stderr.strip().splitlines() or ["no answer"]
+        raise M3Error(f"scontrol: {told[0]}; see whether the controller is up (scontrol ping), and try again")
     if shutil.which("sacct") is None:
         return []
     columns = "JobName,State,NodeList,Elapsed,ExitCode"

@@ -49,7 +49,7 @@ JobCompType=jobcomp/none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=0
-KillWait=5
+KillWait=2
 InactiveLimit=0
 MessageTimeout=20
 SlurmdTimeout=120
@@ -94,7 +94,12 @@ class Cluster:
 
     def jobs(self, number: str) -> list[dict[str, str]]:
         """What Slurm says of a job, or of each element of an array."""
-        lines = self.run("scontrol", "--oneliner", "show", "job", number).splitlines()
+        lines: list[str] = []
+
+        def is_told() -> bool:  # a busy controller may drop a connection
+            lines[:] = self.run("scontrol", "--oneliner", "show", "job", number, check=False).splitlines()
+            return bool(lines)
+        wait_until(is_told, f"job {number} is not known")
         return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines if line]
 
     def wait_for(self, number: str, *states: str) -> dict[str, str]:
@@ -113,8 +118,8 @@ class Cluster:
 
     def begin_now(self, number: str) -> None:
         """Spare a job that went back into the queue the pause of two minutes, but for what a node takes to end it."""
-        self.wait_for(number, "PENDING")
-        self.run("scontrol", "update", f"JobId={number}", "StartTime=now+2")
+        if self.wait_for(number, "PENDING", "COMPLETED")["JobState"] == "PENDING":
+            self.run("scontrol", "update", f"JobId={number}", "StartTime=now+2")
 
     def start(self, name: str, *command: str) -> None:
         """Start a daemon in the foreground of a session of its own; it ends with this process, however that ends."""

@@ -107,11 +107,11 @@ def digest(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
-def worker(module, under):
-    """A process that runs ``module`` under the step of a job."""
+def process_of(module, under):
+    """A Python process that runs ``module`` in a job."""
     for process in psutil.process_iter(["cmdline", "environ"]):
         words, environment = process.info["cmdline"] or [], process.info["environ"] or {}
-        if environment.get("SLURM_JOB_ID") == under and module in words and "srun" not in words[0]:
+        if environment.get("SLURM_JOB_ID") == under and module in words and "python" in words[0]:
             return process
     return None
 
@@ -199,8 +199,8 @@ def test_a_killed_bank_rank_is_made_good(cluster, chain, tmp_path):
     bank, output = tmp_path / "bank", chain[0]
     words = ["--checkpoint", output / "continual", "--references", output / "references", "--output", bank]
     job = cluster.submit("--nodes=2", "--output", tmp_path / "log", "slurm/build_bank.sbatch", *words, "--codec=auto")
-    wait_until(lambda: worker("launch.build_bank", job), "no rank")
-    worker("launch.build_bank", job).send_signal(signal.SIGKILL)
+    wait_until(lambda: process_of("launch.build_bank", job), "no rank")
+    process_of("launch.build_bank", job).send_signal(signal.SIGKILL)
     cluster.begin_now(job)
     assert not (bank / "manifest.json").exists()
     assert cluster.wait_for(job, "COMPLETED")["Restarts"] == "1"
