@@ -8,10 +8,10 @@ FIND_PYTHON = for name in python3.12 python3; do \
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test gpu-check lint demo bench
+.PHONY: help setup slurm-packages test gpu-check lint demo bench
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## make .venv with pinned requirements and the m3 command (a second time: nothing to do)
 
@@ -23,6 +23,13 @@ $(READY): requirements.txt requirements-dev.txt requirements-demo.txt pyproject.
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
 	PYTHONWARNINGS=ignore $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+slurm-packages: ## Slurm and munge by apt, for the tests that need them, where root may install packages
+	@if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null; then echo "Slurm is installed"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends \
+			slurm-wlm munge; } >/dev/null || echo "Slurm could not be installed; its tests will be skipped"; \
+	else echo "Slurm is not installed, and only root with apt-get can do that here; its tests will be skipped"; fi
 
 test: setup ## run all tests
 	$(PYTHON) -m pytest

@@ -67,6 +67,10 @@ JOBS: dict[str, tuple[Job, ...]] = {
         _job("convert reshard", "ckpt_convert.reshard", "a checkpoint's weights, one file for each rank of a layout"),
         _job("convert verify", "ckpt_convert.verify", "whether two models are the same, and whether a fault is seen"),
     ),
+    "Cluster": (
+        _job("slurm submit", "launch.slurm_submit", "submit a chain of Slurm jobs; what is finished is not done again"),
+        _job("slurm status", "launch.slurm_status", "where a chain stands, and why a job waits or has failed"),
+    ),
     "Evaluation": (
         _job("score", "launch.score", "loss of targets without memory, with, with another's, with the text"),
         _job("cost", "launch.cost", "the cost model of the three memory formats, and bank sizes"),

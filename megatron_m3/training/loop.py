@@ -31,11 +31,12 @@ from megatron_m3.platform import Platform
 from megatron_m3.platform.distributed import parallel_world
 from megatron_m3.tokenizer import Tokenizer
 from megatron_m3.training import signals
+from megatron_m3.training.checks import check_run
 from megatron_m3.training.guard import Guard, GuardState, Verdict
 from megatron_m3.training.metrics import Metrics, measure_peak_tflops, say
 from megatron_m3.training.record import describe, write_run_record
 from megatron_m3.training.schedule import kept_tokens, learning_rate
-from megatron_m3.training.setup import Machinery, build_machinery, check_run
+from megatron_m3.training.setup import Machinery, build_machinery
 from megatron_m3.training.state import RunState, data_hashes, load_run, save_run, start_from
 from megatron_m3.training.step import StepResult, training_step
 from megatron_m3.training.telling import lone_errors_told

@@ -1,7 +1,6 @@
 """From a config to what a training step needs: model chunks, gradient buffers, optimizer, laid over the processes."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,8 @@ from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_m3.config import Config
-from megatron_m3.errors import ConfigError
 from megatron_m3.model.gpt import DTYPES, build_model
 from megatron_m3.platform import Platform
-from megatron_m3.platform.distributed import check_world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,42 +45,6 @@ class Machinery:
         """Micro-batches of this process in one step."""
         training = self.config.training
         return training.global_batch // (training.micro_batch * self.data_size)
-
-
-def check_run(config: Config, world_size: int) -> None:
-    """Refuse a run that cannot work on ``world_size`` processes, before anything is allocated.
-
-    Raises:
-        ConfigError: names the field and the mend.
-    """
-    parallel, training = config.parallel, config.training
-    if not training.output:
-        raise ConfigError("training.output: give the folder of the run")
-    if (Path(training.output) / "manifest.json").exists():
-        raise ConfigError(
-            f"training.output={training.output}: is an artifact of its own, not a run's folder; choose another folder"
-        )
-    check_world_size(parallel, world_size)
-    data_size = world_size // (parallel.tensor * parallel.pipeline)
-    if training.global_batch % (training.micro_batch * data_size):
-        raise ConfigError(
-            f"training.global_batch={training.global_batch}: must be a multiple of training.micro_batch="
-            f"{training.micro_batch} times the {data_size} data-parallel processes"
-        )
-    micro_batches = training.global_batch // (training.micro_batch * data_size)
-    if parallel.interleave > 1 and micro_batches % parallel.pipeline:
-        raise ConfigError(
-            f"parallel.interleave={parallel.interleave}: the {micro_batches} micro-batches of a step "
-            f"(training.global_batch / training.micro_batch / data-parallel processes) must be a multiple of "
-            f"parallel.pipeline={parallel.pipeline}"
-        )
-    num_reference_tokens = config.num_references * config.memory.reference_length
-    if parallel.sequence and training.stage == "continual" and num_reference_tokens % parallel.tensor:
-        raise ConfigError(
-            f"parallel.sequence=true: parallel.tensor={parallel.tensor} must divide the {num_reference_tokens} "
-            "reference tokens of a sequence (memory.reference_length for each of its references); "
-            "change one, or set parallel.sequence=false"
-        )
 
 
 def build_machinery(

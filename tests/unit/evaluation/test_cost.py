@@ -117,3 +117,21 @@ def test_the_command_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None
     assert figures["bytes_per_reference"]["compressed"] == 39_424
     assert figures["model"]["num_kv_heads"] == 4
     assert figures["references"] == 10
+
+
+def test_the_command_tells_how_fast_a_cluster_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.cost import main
+
+    main(["--recipe=m3-2b", "--gpus", "64", "--peak-tflops", "1000", "--utilisation", "0.5", "--json"])
+    warmup, continual = json.loads(capsys.readouterr().out)["training"]
+    # 6 operations a token and non-embedding or output parameter, and attention over half of 2048 tokens
+    tokens, model = 2048 * 2048, get_recipe("m3-2b").model
+    weights = model.num_non_embedding_parameters + 60_416 * 3200
+    expected = 6 * tokens * weights + 3 * 44 * tokens * 2048 / 2 * 4 * 3200
+    assert warmup["pflops_per_step"] == pytest.approx(expected / 1e15, rel=1e-2)
+    assert warmup["steps_per_second"] == pytest.approx(64 * 1e15 * 0.5 / expected, rel=1e-2)
+    assert warmup["tokens_per_second"] == pytest.approx(warmup["steps_per_second"] * tokens)
+    assert continual["steps_per_second"] < warmup["steps_per_second"]
+    assert warmup["checkpoint_bytes"] == 14 * (weights + 60_416 * 3200)
+    main(["--recipe=m3-2b", "--gpus", "64"])
+    assert "utilisation of 40 %" in capsys.readouterr().out

@@ -51,7 +51,7 @@ def test_interleaved_pipeline_wants_whole_rounds_of_micro_batches():
     from megatron_m3.platform import select
 
     select()
-    from megatron_m3.training.setup import check_run
+    from megatron_m3.training.checks import check_run
 
     config = parse_config(["--recipe", "tiny", "--training.output", "x", "--parallel.pipeline", "2",
                            "--parallel.interleave", "2", "--training.micro_batch", "4"])
@@ -64,7 +64,7 @@ def test_sequence_parallelism_wants_reference_tokens_that_divide(stage, fits):
     from megatron_m3.platform import select
 
     select()
-    from megatron_m3.training.setup import check_run
+    from megatron_m3.training.checks import check_run
 
     config = parse_config(["--recipe", "tiny", "--training.output", "x", "--parallel.tensor", "2",
                            "--parallel.sequence", "true", "--memory.reference_length", "5",
@@ -109,3 +109,16 @@ def test_error_that_one_rank_alone_meets_is_told_with_its_rank(training_data, tm
             rank.communicate()
     assert ranks[1].returncode == 2, told
     assert told == "rank 1: error: /nowhere: no such folder\n"
+
+
+@pytest.mark.parametrize(("nodes", "processes", "used"), [(4, 2, 4), (3, 2, 2), (7, 1, 4), (1, 8, 1)])
+def test_a_run_uses_as_many_nodes_as_its_batch_divides_by(nodes, processes, used):
+    from megatron_m3.training.checks import largest_world
+
+    config = parse_config(["--recipe", "tiny", "--training.output", "x", "--training.global_batch", "8",
+                           "--training.micro_batch", "1"])
+    assert largest_world(config, nodes, processes) == used
+    tensor = parse_config(["--recipe", "tiny", "--training.output", "x", "--parallel.tensor", "2"])
+    assert largest_world(tensor, 3, 1) == 2
+    with pytest.raises(ConfigError, match=r"parallel\.tensor=2 .* there are 1"):
+        largest_world(tensor, 1, 1)

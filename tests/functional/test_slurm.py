@@ -1,0 +1,253 @@
+"""Jobs and chains on a real Slurm of two nodes on this machine: submitted, preempted, killed, and gone on with."""
+
+import hashlib
+import json
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_m3.model.checkpoint import list_checkpoints
+from tests.slurm_cluster import slurm_cluster, wait_until, why_not
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+
+CHAIN = "slurm/chains/demo-small.yaml"
+STEPS = 16
+SIZES = {"nodes": 2, "train_entries": 1000, "other_entries": 0, "heldout": 4, "vocab_size": 512, "warmup_steps": 2,
+         "continual_steps": STEPS, "save_every": 100, "modes": "none explicit"}
+LEAVES_AND_COMES_BACK = """\
+#!/usr/bin/env bash
+#SBATCH --time=1
+#SBATCH --signal=B:USR1@50
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+source slurm/job.sh
+if [ -n "${SLURM_RESTART_COUNT:-}" ]; then echo came back; exit; fi
+run srun bash -c 'trap "echo saved and left; exit" USR1; while sleep 0.1; do :; done'
+"""
+
+LIVES = """\
+#!/usr/bin/env bash
+#SBATCH --nodes=2
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+source slurm/job.sh
+case "${SLURM_RESTART_COUNT:-0}" in
+    0) run srun bash -c 'trap "sleep 0.5; echo saved; exit" TERM; echo ready; while sleep 0.1; do :; done' ;;
+    1) run srun bash -c 'kill -KILL $$' ;;
+    2) run srun --kill-on-bad-exit=1 bash slurm/task.sh bash -c 'exec >&2; [ $SLURM_NODEID = 1 ] && exit 2; sleep 60' ;;
+esac
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Its folder lies near the root, for a socket's path is short."""
+    folder = Path(tempfile.mkdtemp(prefix="m3slurm_", dir="/tmp"))
+    try:
+        with slurm_cluster(folder) as running:
+            yield running
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def m3(cluster, job, chain, output, **variables):
+    """``m3 slurm JOB``; its answer read from JSON, by step."""
+    given = ",".join(f"{name}={value}" for name, value in (variables | {"output": output}).items())
+    words = [sys.executable, "-m", "launch.m3", "slurm", job, chain, "--set", given, "--json"]
+    return {one["step"]: one for one in json.loads(cluster.run(*words))}
+
+
+@pytest.fixture(scope="module")
+def timed(cluster, tmp_path_factory):
+    """A job whose time is up before it is done; it goes on beside the first steps of the chain."""
+    folder = tmp_path_factory.mktemp("timed")
+    (folder / "job.sh").write_text(LEAVES_AND_COMES_BACK)
+    return cluster.submit("--output", folder / "log", folder / "job.sh")
+
+
+@pytest.fixture(scope="module")
+def chain(cluster, timed, tmp_path_factory):
+    """Output of the chain of the whole small pipeline, and what was said when it was submitted twice."""
+    output = tmp_path_factory.mktemp("chain") / "run"
+    first = m3(cluster, "submit", CHAIN, output, **SIZES)
+    second = m3(cluster, "submit", CHAIN, output, **SIZES)
+    cluster.wait_for(timed, "PENDING", "RUNNING")
+    for step in first.values():
+        cluster.wait_for(step["job"], "COMPLETED")
+    return output, first, second
+
+
+def curve(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in records]
+
+
+def has_steps(folder, count):
+    path = folder / "metrics.jsonl"
+    return path.exists() and len(path.read_text().splitlines()) >= count
+
+
+def training(chain, output):
+    """The words of the chain's continual stage, for another output."""
+    script = (chain / "slurm" / "continual.sbatch").read_text()
+    [line] = [line for line in script.splitlines() if line.startswith("set -- ")]
+    return line.removeprefix("set -- ").replace(f"{chain}/continual", str(output)).split()
+
+
+def digest(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+def process_of(module, under):
+    """A Python process that runs ``module`` in a job."""
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        words, environment = process.info["cmdline"] or [], process.info["environ"] or {}
+        if environment.get("SLURM_JOB_ID") == under and module in words and "python" in words[0]:
+            return process
+    return None
+
+
+def preempt(cluster, job):
+    """Give the nodes of ``job`` to another one that is more urgent; afterwards it begins again."""
+    urgent = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true")
+    cluster.wait_for(urgent, "COMPLETED")
+    cluster.begin_now(job)
+
+
+def test_what_brings_a_job_back_and_what_ends_it(cluster, tmp_path):
+    (tmp_path / "job.sh").write_text(LIVES)
+    job = cluster.submit("--output", tmp_path / "log", tmp_path / "job.sh")
+    wait_until(lambda: cluster.log(job).count("ready") == 2, "no step")
+    preempt(cluster, job)
+    wait_until(lambda: cluster.jobs(job)[0]["Restarts"] == "2", "the killed step was not repeated")
+    cluster.begin_now(job)
+    ended = cluster.wait_for(job, "FAILED")
+    assert (ended["Restarts"], ended["ExitCode"]) == ("2", "2:0")
+    log = cluster.log(job)
+    assert log.count("saved") == 2
+    assert "was preempted; back into the queue" in log
+    assert "step failed with status 137, try 1 of 3; back into the queue" in log
+
+
+def test_a_chain_runs_once_over_two_nodes(cluster, chain):
+    output, first, second = chain
+    assert [step["done"] for step in first.values()] == ["submitted"] * 11
+    assert [step["done"] for step in second.values()] == ["left alone"] * 11
+    assert [step["job"] for step in second.values()] == [step["job"] for step in first.values()]
+    third = m3(cluster, "submit", CHAIN, output, **SIZES)
+    assert {step["done"] for step in third.values()} == {"finished"}
+    assert {one["state"] for one in m3(cluster, "status", CHAIN, output, **SIZES).values()} == {"finished"}
+    log = next((output / "slurm").glob("continual-*.log")).read_text()
+    assert "training on 2 nodes, 1 processes each" in log
+    assert "CPU x 2 (gloo): tensor 1 x pipeline 1 x data 2" in log
+    assert len(curve(output / "continual")) == STEPS
+    assert sorted(path.name for path in output.glob("scores_*")) == ["scores_explicit.jsonl", "scores_none.jsonl"]
+
+
+def test_a_job_whose_time_is_up_leaves_and_comes_back(cluster, chain, timed):
+    cluster.begin_now(timed)
+    assert cluster.wait_for(timed, "COMPLETED")["Restarts"] == "1"
+    lines = cluster.log(timed).splitlines()
+    assert lines.index("saved and left") < lines.index("came back")
+
+
+def test_a_preempted_training_goes_on_to_the_same_losses(cluster, chain, tmp_path):
+    run = tmp_path / "run"
+    job = cluster.submit("--nodes=2", "--output", tmp_path / "log", "slurm/pretrain.sbatch", *training(chain[0], run))
+    wait_until(lambda: has_steps(run, 1) or cluster.wait_for(job, "PENDING", "RUNNING") is None, "no step was taken")
+    preempt(cluster, job)
+    taken = len(curve(run))
+    assert taken < STEPS
+    assert cluster.wait_for(job, "COMPLETED")["Restarts"] == "1"
+    assert f"SIGUSR1: saved step {taken} in" in cluster.log(job)
+    assert f"going on after step {taken} from" in cluster.log(job)
+    assert curve(run) == curve(chain[0] / "continual")
+
+
+def test_a_training_that_lost_a_node_goes_on_without_it(cluster, chain, tmp_path):
+    run = tmp_path / "run"
+    words = [*training(chain[0], run), "--checkpoint.every", "2"]
+    job = cluster.submit("--nodes=1-2", "--output", tmp_path / "log", "slurm/pretrain.sbatch", *words)
+    wait_until(lambda: len(list_checkpoints(run)) >= 2 or not cluster.wait_for(job, "PENDING", "RUNNING"), "no save")
+    try:
+        cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+        cluster.begin_now(job)
+        assert len(curve(run)) < STEPS
+        found = cluster.wait_for(job, "COMPLETED")
+    finally:
+        cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    assert (found["Restarts"], found["NodeList"]) == ("1", "n1")
+    assert "training on 1 nodes" in cluster.log(job)
+    for (step, loss, norm), (wanted_step, wanted_loss, wanted_norm) in zip(
+        curve(run), curve(chain[0] / "continual"), strict=True
+    ):
+        assert step == wanted_step
+        assert (loss, norm) == pytest.approx((wanted_loss, wanted_norm), rel=1e-3)
+
+
+def test_a_killed_bank_rank_is_made_good(cluster, chain, tmp_path):
+    bank, output = tmp_path / "bank", chain[0]
+    words = ["--checkpoint", output / "continual", "--references", output / "references", "--output", bank]
+    job = cluster.submit("--nodes=2", "--output", tmp_path / "log", "slurm/build_bank.sbatch", *words, "--codec=auto")
+    wait_until(lambda: process_of("launch.build_bank", job), "no rank")
+    process_of("launch.build_bank", job).send_signal(signal.SIGKILL)
+    cluster.begin_now(job)
+    assert not (bank / "manifest.json").exists()
+    assert cluster.wait_for(job, "COMPLETED")["Restarts"] == "1"
+    assert "try 1 of 3; back into the queue" in cluster.log(job)
+    assert digest(bank) == digest(output / "bank")
+
+
+BROKEN = """\
+name: broken
+output: nowhere
+steps:
+  tokenizer:
+    script: data
+    run: tokenizer --input {output}/texts.jsonl --output {output}/tokenizer --vocab-size 300
+    makes: tokenizer
+  tokens:
+    script: data
+    run: tokenize --input {output}/texts.jsonl --tokenizer {output}/tokenizer --output {output}/tokens
+    makes: tokens
+    after: [tokenizer]
+"""
+
+
+def test_a_failed_step_is_told_and_mended(cluster, tmp_path):
+    (tmp_path / "chain.yaml").write_text(BROKEN)
+    file, output = str(tmp_path / "chain.yaml"), tmp_path / "run"
+    first = m3(cluster, "submit", file, output)
+    cluster.wait_for(first["tokenizer"]["job"], "FAILED")
+    cluster.wait_for(first["tokens"]["job"], "CANCELLED")
+    status = m3(cluster, "status", file, output)
+    assert status["tokenizer"]["state"] == "failed"
+    assert "exit status 2" in status["tokenizer"]["why"]
+    assert status["tokenizer"]["line"].startswith(f"error: {output}/texts.jsonl")
+    assert status["tokens"]["why"] == "a step before it failed"
+    lines = [json.dumps({"id": str(number), "text": f"text {number}"}) for number in range(9)]
+    (output / "texts.jsonl").write_text("\n".join(lines))
+    second = m3(cluster, "submit", file, output)
+    assert {step["done"] for step in second.values()} == {"submitted"}
+    cluster.wait_for(second["tokens"]["job"], "COMPLETED")
+    assert {one["state"] for one in m3(cluster, "status", file, output).values()} == {"finished"}
+
+
+def test_nothing_is_left_of_the_cluster():
+    """A cluster of its own, since the others' still runs."""
+    folder = Path(tempfile.mkdtemp(prefix="m3slurm_", dir="/tmp"))
+    with slurm_cluster(folder) as running:
+        daemons = [process.pid for process in running.processes.values()]
+        job = running.submit("--output=/dev/null", "--wrap", "sleep 600")
+        running.wait_for(job, "RUNNING")
+    assert not [pid for pid in daemons if psutil.pid_exists(pid)]
+    shutil.rmtree(folder)
