@@ -174,6 +174,18 @@ class DocumentStore:
             yield from file.iter_batches(BATCH_ROWS, use_threads=False)
 
 
+    def row(self, index: int, row: int) -> dict[str, Any]:
+        """One document of block ``index``; only its row group is read."""
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(self.folder / self.name(index)) as file:
+            group = 0
+            while row >= (rows := file.metadata.row_group(group).num_rows):
+                row, group = row - rows, group + 1
+            found: dict[str, Any] = file.read_row_group(group, use_threads=False).slice(row, 1).to_pylist()[0]
+            return found
+
+
 def is_made(folder: Path, inputs: dict[str, str], settings: dict[str, Any]) -> bool:
     """Whether the documents of this job are there already; says so."""
     if not is_finished(folder, KIND, SCHEMA, inputs, settings):
