@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_m3.tokenizer import Tokenizer
 
 MEASURED_CHARACTERS = 1_000_000
+"""Characters of the input, at its beginning, whose tokens are counted before and after an extension."""
 MAX_VOCAB_SIZE = 10_000_000
 """Largest --vocab-size: the trainer allocates its table at the start."""
 
@@ -61,31 +62,33 @@ def run(options: Options) -> None:
         return
     corpus.check()
 
-    def texts(label: str) -> Iterator[str]:
-        for batch in corpus.batches(1000, label):
-            yield from (document.text for document in batch)
+    sample: list[str] = []
+
+    def texts() -> Iterator[str]:
+        characters = 0
+        for batch in corpus.batches(1000, "reading the corpus"):
+            for document in batch:
+                yield document.text
+                if characters < MEASURED_CHARACTERS:
+                    sample.append(document.text)
+                    characters += len(document.text)
 
     if base:
-        tokenizer = extend_tokenizer(base, texts("reading the corpus"), options.vocab_size, output,
-                                     characters=options.characters, inputs=inputs)
-        print(f"tokens per character: {tokens_per_character(base, texts('base')):.4f} before, "
-              f"{tokens_per_character(tokenizer, texts('extended')):.4f} after")
+        tokenizer = extend_tokenizer(base, texts(), options.vocab_size, output, characters=options.characters,
+                                     inputs=inputs)
+        print(f"tokens per character: {tokens_per_character(base, sample):.4f} before, "
+              f"{tokens_per_character(tokenizer, sample):.4f} after")
     else:
-        tokenizer = train_tokenizer(texts("reading the corpus"), options.vocab_size, output, inputs=inputs)
+        tokenizer = train_tokenizer(texts(), options.vocab_size, output, inputs=inputs)
     counts = corpus.counts(tokens_in_vocabulary=tokenizer.vocab_size)
     corpus.write_account(output, counts)
     show_counts("tokenizer", counts)
     print(output)
 
 
-def tokens_per_character(tokenizer: "Tokenizer", texts: Iterable[str]) -> float:
-    """How many tokens a character of the texts takes, on average over the first million characters."""
-    tokens = characters = 0
-    for text in texts:
-        tokens, characters = tokens + len(tokenizer.encode(text)), characters + len(text)
-        if characters >= MEASURED_CHARACTERS:
-            break
-    return tokens / characters
+def tokens_per_character(tokenizer: "Tokenizer", texts: Sequence[str]) -> float:
+    """How many tokens a character of the texts takes, on average."""
+    return sum(len(tokenizer.encode(text)) for text in texts) / sum(map(len, texts))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

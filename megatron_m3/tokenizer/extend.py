@@ -49,7 +49,7 @@ def extend_tokenizer(
         ArtifactError: ``folder`` exists already.
     """
     model = json.loads((base.folder / FILE).read_text(encoding="utf-8"))
-    _check_model(model["model"], base.folder)
+    _check_model(model, base.folder)
     if vocab_size <= base.vocab_size:
         raise ConfigError(f"vocab_size={vocab_size}: the base has {base.vocab_size} tokens already; give more")
     runs = Counter(_find_runs(base, texts, _pattern(characters)))
@@ -75,11 +75,11 @@ def extend_tokenizer(
     return Tokenizer.load(folder)
 
 
-def _check_model(model: dict[str, Any], folder: Path) -> None:
-    byte_level = set(_byte_characters()) <= model.get("vocab", {}).keys()
-    if model.get("type") != "BPE" or not (byte_level or model.get("byte_fallback")):
-        raise UnsupportedError(f"{folder}: a {model.get('type')} tokenizer; only BPE over bytes, or with byte fallback, "
-                               "can be extended")
+def _check_model(file: dict[str, Any], folder: Path) -> None:
+    kind, byte_fallback = file["model"].get("type"), file["model"].get("byte_fallback")
+    if kind != "BPE" or not (byte_fallback or '"ByteLevel"' in json.dumps(file.get("decoder"))):
+        raise UnsupportedError(f"{folder}: a tokenizer of type {kind}; only BPE over bytes, or with byte fallback, can be "
+                               "extended")
 
 
 def _byte_characters() -> str:
@@ -125,11 +125,15 @@ class _Growth:
         """See that a character is one token; false where the vocabulary has no room for it."""
         written = character if self.byte_fallback else "".join(self.bytes[byte] for byte in character.encode())
         found = [piece.value for piece in self.base.backend.model.tokenize(written)]
-        pieces = [written] if self.byte_fallback else found
-        heads = ["".join(pieces[: end + 1]) for end in range(len(pieces))]
-        if self.next_id + len(set(heads) - self.vocab.keys()) > self.vocab_size:
+        if self.byte_fallback:
+            found = [written]
+        elif "".join(found) != written:  # the base lacks a byte
+            found = list(written)
+        pieces, heads = found, ["".join(found[: end + 1]) for end in range(len(found))]
+        if self.next_id + len({*heads, *pieces} - self.vocab.keys()) > self.vocab_size:
             return False
-        self._add_token(heads[0])
+        for piece in pieces:
+            self._add_token(piece)
         for head, piece in zip(heads, pieces[1:], strict=False):
             self._add_merge(head, piece)
         self.tokens[character] = written
