@@ -105,11 +105,9 @@ def find_record(path: Path, offset: int) -> int:
         return 0
     with path.open("rb") as stream:
         stream.seek(offset - 1)
-        line = stream.readline()
-        if path.suffix != ".txt":
-            return stream.tell()
-        while line and line.strip():  # to the blank line that ends the document
-            line = stream.readline()
+        stream.readline()
+        while path.suffix == ".txt" and stream.readline().strip():  # to the blank line that ends the document
+            pass
         return stream.tell()
 
 

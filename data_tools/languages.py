@@ -10,8 +10,6 @@ from typing import Any
 
 from megatron_m3.errors import ConfigError
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
 
 @functools.cache
 def model_path() -> Path:
@@ -35,5 +33,6 @@ def _model() -> Any:
 
 def detect(text: str, characters: int) -> tuple[str, float]:
     """The language of the first ``characters`` characters (ISO 639 code) and the model's probability."""
-    labels, scores = _model().predict(" ".join(text[:characters].split()))
+    line = " ".join(text[:characters].split())
+    labels, scores = _model().predict(line.lower() if line.isupper() else line)  # it saw few texts in capitals
     return (labels[0].removeprefix("__label__"), min(1.0, float(scores[0]))) if labels else ("unknown", 0.0)

@@ -24,7 +24,7 @@ class Rules:
     """Greatest share of characters that are no letters; spaces count as such."""
     max_unique_words: float = 0.95
     """Greatest share of distinct words among its words."""
-    min_entropy: float = 3.0
+    min_entropy: float = 2.5
     """Least entropy of the frequencies of its words, in nats."""
 
     def __post_init__(self) -> None:

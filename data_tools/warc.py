@@ -12,7 +12,6 @@ HTML = ("text/html", "application/xhtml+xml")
 
 def read_warc(path: Path) -> Iterator[tuple[int, Any, int]]:
     """Number of each record, its URL and text (or why it is bad), and its place in the file in bytes."""
-    from fastwarc.stream_io import StreamError
     from fastwarc.warc import ArchiveIterator, WarcRecordType
 
     wanted = WarcRecordType.response | WarcRecordType.conversion
@@ -25,7 +24,9 @@ def read_warc(path: Path) -> Iterator[tuple[int, Any, int]]:
                 except BadRecordError as error:
                     found = error
                 yield number, found, stream.tell()
-        except (StreamError, EOFError) as error:
+        except OSError as error:
+            if error.errno is not None:
+                raise
             raise DataError(f"{path}: damaged after record {number} ({error}); get it again") from None
         if not number and path.stat().st_size:
             raise DataError(f"{path}: no WARC response or conversion record in it")
@@ -36,7 +37,10 @@ def _text(record: Any) -> str:
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
+    length = record.content_length
     body: bytes = record.reader.read()
+    if len(body) < length:
+        raise BadRecordError("cut short")
     if record.record_type == WarcRecordType.conversion:
         try:
             return body.decode()
