@@ -1,8 +1,9 @@
 """m3 data deduplicate: drop documents that repeat an earlier one, anywhere in the corpus, wholly or nearly.
 
-Exact repeats are told by a hash of the words, near ones by MinHash. Any number of jobs may run the same command at once:
-they share the blocks of each of the five stages, and each ends when all is done. `dropped/` names for every document
-left out the one that was kept, as BLOCK:ROW of the input; `largest_groups.txt` shows the largest groups, to be looked at.
+Exact repeats are told by a hash of the words, near ones by MinHash. Any number of jobs may run the same command at
+once: they share the blocks of each of the five stages, and each ends when all is done. `dropped/` names for every
+document left out the one that was kept, as BLOCK:ROW of the input; `largest_groups.txt` shows the largest groups, for
+people to look at.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from megatron_m3.config import parse
 from megatron_m3.errors import ArtifactError, ConfigError, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, atomic_path
 
-SHOWN_GROUPS, SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 50, 4, 300
+SHOWN_GROUPS, SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 30, 4, 300
 STAGES = ("hash", "exact", "sign", "near", "group")
 
 
@@ -103,7 +104,8 @@ class Deduplication:
         for batch in self.store.batches(index):
             for text in batch.column("text").to_pylist():
                 codes = split_words(text).codes
-                digests.append(hashlib.blake2b(codes.tobytes() if len(codes) else text.encode(), digest_size=16).digest())
+                told_by = codes.tobytes() if len(codes) else text.encode()
+                digests.append(hashlib.blake2b(told_by, digest_size=16).digest())
         halves = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
         order = np.argsort(halves[:, 0], kind="stable")
         key, rest = halves[order].T
@@ -128,13 +130,13 @@ class Deduplication:
     def sign(self, index: int) -> None:
         """Signatures of a block's documents that are no exact repeats, and the keys of their bands, sorted."""
         repeats = set(self._repeats("exact", index)[0].tolist())
-        rows, signatures, row = [], [np.zeros((0, self.minhash.num_perm), np.uint32)], 0
+        rows, signatures, start = [], [np.zeros((0, self.minhash.num_perm), np.uint32)], 0
         for batch in self.store.batches(index):
-            for row, text in enumerate(batch.column("text").to_pylist(), row):
+            for row, text in enumerate(batch.column("text").to_pylist(), start):
                 if row not in repeats and len((words := split_words(text)).starts):
                     rows.append(row)
                     signatures.append(self.minhash.sign(words)[None])
-            row += 1
+            start += len(batch)
         signed, values = np.array(rows, np.uint32), np.concatenate(signatures)
         keys = self.minhash.band_keys(values).reshape(-1)
         order = np.argsort(keys, kind="stable")

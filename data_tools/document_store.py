@@ -6,6 +6,7 @@ what later steps add. What a step leaves out is listed in `dropped/`, a JSON lin
 """
 
 import contextlib
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,7 +127,8 @@ class BlockWriter:
     def info(self) -> dict[str, Any]:
         """The counts of the block."""
         reasons = Counter(entry["reason"] for entry in self.dropped)
-        return {"documents": self._documents, "characters": self._characters, "reasons": dict(sorted(reasons.items()))} | self.extra
+        counts = {"documents": self._documents, "characters": self._characters}
+        return counts | {"reasons": dict(sorted(reasons.items()))} | self.extra
 
 
 class DocumentStore:
@@ -182,8 +184,15 @@ class DocumentStore:
             group = 0
             while row >= (rows := file.metadata.row_group(group).num_rows):
                 row, group = row - rows, group + 1
-            found: dict[str, Any] = file.read_row_group(group, use_threads=False).slice(row, 1).to_pylist()[0]
-            return found
+        found: dict[str, Any] = _row_group(self.folder / self.name(index), group).slice(row, 1).to_pylist()[0]
+        return found
+
+
+@functools.lru_cache(4)
+def _row_group(path: Path, group: int) -> "pyarrow.Table":
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(path).read_row_group(group, use_threads=False)
 
 
 def is_made(folder: Path, inputs: dict[str, str], settings: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Documents from JSONL, text and parquet files. What cannot be used is counted and set aside, with its file and line.
 
-- ``.jsonl``, ``.json``: one object a line, its text in ``text``, optionally an ``id``; also ``.jsonl.gz``, ``.jsonl.zst``.
+- ``.jsonl``, ``.json``, ``.jsonl.gz``, ``.jsonl.zst``: one object a line, its text in ``text``, optionally an ``id``.
 - ``.txt``: documents are separated by blank lines; also ``.txt.gz``, ``.txt.zst``.
 - ``.parquet``: a column ``text``, optionally ``id``.
 - ``.warc``, ``.warc.gz``: HTML pages, their main text; ``.warc.wet``, ``.warc.wet.gz``: texts. The id is the URL.
@@ -24,8 +24,8 @@ from typing import Any, BinaryIO, NamedTuple
 from megatron_m3.errors import DataError
 from megatron_m3.manifest import Manifest, atomic_path, check_files, hash_file, hash_json, read_manifest
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet", ".warc", ".warc.gz",
-            ".warc.wet", ".warc.wet.gz")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet", ".warc",
+            ".warc.gz", ".warc.wet", ".warc.wet.gz")
 SKIPPED = "skipped.jsonl"
 
 
@@ -100,14 +100,14 @@ class Corpus:
     def _recorded(self, path: Path) -> dict[str, Any] | None:
         """What the manifest says of a block of documents."""
         manifest = self._manifest(path.parent)
-        return manifest and manifest.files.get(path.name)
+        return manifest.files.get(path.name) if manifest else None
 
     def __iter__(self) -> Iterator[Document]:
         self.bytes_read, self.documents, self.skipped = 0, 0, []
         before = 0
         for path in self.files:
-            if self._recorded(path):
-                check_files(path.parent, self._manifest(path.parent), checksums=True, names=[path.name])
+            if self._recorded(path) and (manifest := self._manifest(path.parent)):
+                check_files(path.parent, manifest, checksums=True, names=[path.name])
             for line, found, position in read_file(path):
                 self.bytes_read = before + position
                 if isinstance(found, BadRecordError):
@@ -181,7 +181,9 @@ def show_counts(title: str, counts: dict[str, Any]) -> None:
             print(f"  {name:<28}{value:>14,}", file=sys.stderr)
 
 
-def read_file(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Document | BadRecordError, int]]:
+def read_file(
+    path: Path, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, Document | BadRecordError, int]]:
     """Line, document (or why there is none), and position in the file in bytes, of every record of a file.
 
     ``start`` and ``stop`` are bytes at which records of a plain file begin; lines are counted from ``start``.

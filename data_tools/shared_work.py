@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from megatron_m3.errors import ConfigError, M3Error
@@ -136,7 +135,7 @@ class Workers:
             self.pool = ProcessPoolExecutor(self.count, context, _begin, (self.stop,))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.pool is not None:
             self.stop.set()
             self.pool.shutdown(cancel_futures=True)

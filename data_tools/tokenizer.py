@@ -4,7 +4,7 @@ With --extend, all tokens and merges of the base keep their places; text without
 encoded to the same ids as by the base. Tokens per character before and after are printed for the input.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -50,5 +50,5 @@ def _text(record: Any) -> str:
         raise BadRecordError("HTTP status is not 200")
     if record.http_content_type not in HTML:
         raise BadRecordError("not an HTML page")
-    page = bytes_to_str(body, record.http_charset or detect_encoding(body))
+    page = bytes_to_str(body, str(record.http_charset or detect_encoding(body)))
     return str(extract_plain_text(page, main_content=True, alt_texts=False))

@@ -60,7 +60,8 @@ def extend_tokenizer(
     if not counts:
         raise ConfigError(f"characters={characters}: none of them in the texts; give texts of the second language")
     growth = _Growth(base, model["model"], vocab_size)
-    known = [one for one, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if growth.add_character(one)]
+    by_count = sorted(counts, key=lambda character: (-counts[character], character))
+    known = [character for character in by_count if growth.add_character(character)]
     growth.learn(runs, known)
     with atomic_folder(Path(folder)) as temporary:
         for name in base.manifest.files:

@@ -12,8 +12,9 @@ from megatron_m3.tokenizer import Tokenizer, extend_tokenizer, train_tokenizer
 from megatron_m3.tokenizer.extend import HAN
 
 ENGLISH = ["The museum opens at nine, and the tickets are sold at the door.", "naïve café – “quoted” … €5 😀 ½",
-           "Привет, мир! どうもありがとう", "def f(x):\n\treturn x**2  # 3.14", "A river runs through the old town."] * 4
-CHINESE = ["博物馆九点开门，门票在入口处出售。", "我们在博物馆门口见面，然后一起去老城。", "老城里有一条河，河上有一座桥。",
+           "Привет, мир! どうもありがとう", "def f(x):\n\treturn x**2  # 3.14", "A river runs through the town."] * 4
+CHINESE = ["博物馆九点开门，门票在入口处出售。", "我们在博物馆门口见面，然后一起去老城。",
+           "老城里有一条河，河上有一座桥。",
            "门票在网上也可以买到。", "博物馆的门票不贵，学生可以免费参观。", "龘"]
 
 
@@ -95,7 +96,7 @@ def test_a_base_with_byte_fallback(tmp_path):
 
 
 def test_what_cannot_be_extended_is_refused(base, tmp_path):
-    with pytest.raises(ConfigError, match="the base has .* tokens already"):
+    with pytest.raises(ConfigError, match=r"the base has \d+ tokens already"):
         extend_tokenizer(base, CHINESE, base.vocab_size, tmp_path / "new")
     with pytest.raises(ConfigError, match="none of them in the texts"):
         extend_tokenizer(base, ENGLISH[:1], 500, tmp_path / "new")
