@@ -79,8 +79,8 @@ def extend_tokenizer(
 def _check_model(file: dict[str, Any], folder: Path) -> None:
     kind, byte_fallback = file["model"].get("type"), file["model"].get("byte_fallback")
     if kind != "BPE" or not (byte_fallback or '"ByteLevel"' in json.dumps(file.get("decoder"))):
-        raise UnsupportedError(f"{folder}: a tokenizer of type {kind}; only BPE over bytes, or with byte fallback, can be "
-                               "extended")
+        raise UnsupportedError(f"{folder}: a tokenizer of type {kind}; only BPE over bytes, or with byte fallback, can "
+                               "be extended")
 
 
 def _byte_characters() -> str:
