@@ -177,7 +177,7 @@ JOBS = ("collect", "filter", "deduplicate")
 def measure(job: str, options: Sequence[str]) -> tuple[float, float]:
     """Seconds of the CPU and most memory in MB of a job in a process of its own, started by a small one."""
     watch = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True);"
-             "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime, used.ru_maxrss)")
+             "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used[0] + used[1], used[2])")
     command = [sys.executable, "-c", watch, sys.executable, "-m", "launch.m3", "data", job, *options]
     seconds, kilobytes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return float(seconds), int(kilobytes) / 1024
