@@ -38,7 +38,7 @@ class Options:
     """Folder to write."""
     minhash: MinHash = field(default_factory=MinHash)
     part_entries: int = 1 << 24
-    """Hashes and bands that are brought together at a time; 2^24 take about 1.5 GB in each worker."""
+    """Hashes and bands that are brought together at a time; 2^24 take about 1 GB in each worker."""
     workers: int = 1
     """Processes here; more jobs of the same command, on any machine, share the blocks too."""
 
