@@ -1,14 +1,17 @@
 """Documents from JSONL, text and parquet files. What cannot be used is counted and set aside, with its file and line.
 
-- ``.jsonl``, ``.json``, ``.jsonl.gz``: one object a line, its text in ``text``, optionally an ``id``.
-- ``.txt``, ``.txt.gz``: documents are separated by blank lines.
+- ``.jsonl``, ``.json``, ``.jsonl.gz``, ``.jsonl.zst``: one object a line, its text in ``text``, optionally an ``id``.
+- ``.txt``: documents are separated by blank lines; also ``.txt.gz``, ``.txt.zst``.
 - ``.parquet``: a column ``text``, optionally ``id``.
+- ``.warc``, ``.warc.gz``: HTML pages, their main text; ``.warc.wet``, ``.warc.wet.gz``: texts. The id is the URL.
+- a folder made by `m3 data collect`, `filter` or `deduplicate`: its blocks.
 
 A document without an id is called FILE:LINE (in parquet files lines are rows).
 """
 
 import functools
 import gzip
+import io
 import itertools
 import json
 import sys
@@ -19,9 +22,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from megatron_m3.errors import DataError
-from megatron_m3.manifest import atomic_path, hash_file, hash_json
+from megatron_m3.manifest import Manifest, atomic_path, check_files, hash_file, hash_json, read_manifest
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet", ".warc",
+            ".warc.gz", ".warc.wet", ".warc.wet.gz")
 SKIPPED = "skipped.jsonl"
 
 
@@ -45,7 +49,9 @@ def find_files(names: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for name in names:
         path = Path(name)
-        if path.is_dir():
+        if path.is_dir() and (manifest := _artifact(path)):
+            files += [path / file for file in manifest.files]
+        elif path.is_dir():
             files += sorted(one for one in path.iterdir() if one.name.endswith(SUFFIXES) and one.name != SKIPPED)
         elif not path.is_file():
             raise DataError(f"{path}: no such file")
@@ -58,6 +64,18 @@ def find_files(names: Sequence[str]) -> list[Path]:
     return files
 
 
+def _artifact(folder: Path) -> Manifest | None:
+    """The manifest of a documents artifact; None where the folder is none.
+
+    Raises:
+        ArtifactError: it is an unfinished or damaged one.
+    """
+    for name, kind in (("manifest.json", '"kind": "documents"'), ("job.json", '"kind": "documents')):
+        if (folder / name).is_file() and kind in (folder / name).read_text():
+            return read_manifest(folder, "documents", 1)
+    return None
+
+
 class Corpus:
     """The documents of some files, in order, and the account of what was left out."""
 
@@ -67,6 +85,7 @@ class Corpus:
         self.bytes_read = 0
         self.documents = 0
         self.skipped: list[dict[str, Any]] = []
+        self._manifest = functools.cache(_artifact)
 
     @property
     def hash(self) -> str:
@@ -76,22 +95,26 @@ class Corpus:
     @functools.cached_property
     def file_hashes(self) -> list[dict[str, Any]]:
         """Name, bytes and SHA-256 of each file."""
-        return [{"name": path.name} | hash_file(path) for path in self.files]
+        return [{"name": path.name} | (self._recorded(path) or hash_file(path)) for path in self.files]
+
+    def _recorded(self, path: Path) -> dict[str, Any] | None:
+        """What the manifest says of a block of documents."""
+        manifest = self._manifest(path.parent)
+        return manifest.files.get(path.name) if manifest else None
 
     def __iter__(self) -> Iterator[Document]:
         self.bytes_read, self.documents, self.skipped = 0, 0, []
         before = 0
         for path in self.files:
-            read = _read_parquet if path.name.endswith(".parquet") else _read_lines
-            for line, record, position in read(path):
+            if self._recorded(path) and (manifest := self._manifest(path.parent)):
+                check_files(path.parent, manifest, checksums=True, names=[path.name])
+            for line, found, position in read_file(path):
                 self.bytes_read = before + position
-                try:
-                    document = _document(record, f"{path.name}:{line}")
-                except BadRecordError as error:
-                    self.skipped.append({"file": str(path), "line": line, "reason": str(error)})
+                if isinstance(found, BadRecordError):
+                    self.skipped.append({"file": str(path), "line": line, "reason": str(found)})
                     continue
                 self.documents += 1
-                yield document
+                yield found
             before += path.stat().st_size
             self.bytes_read = before
 
@@ -158,6 +181,32 @@ def show_counts(title: str, counts: dict[str, Any]) -> None:
             print(f"  {name:<28}{value:>14,}", file=sys.stderr)
 
 
+def read_file(
+    path: Path, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, Document | BadRecordError, int]]:
+    """Line, document (or why there is none), and position in the file in bytes, of every record of a file.
+
+    ``start`` and ``stop`` are bytes at which records of a plain file begin; lines are counted from ``start``.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    if path.name.endswith(".parquet"):
+        records = _read_parquet(path)
+    elif ".warc" in path.name:
+        from data_tools.warc import read_warc
+
+        records = read_warc(path)
+    else:
+        records = _read_lines(path, start, stop)
+    name = f"{path.name}@{start}" if start else path.name
+    for line, record, position in records:
+        try:
+            yield line, _document(record, f"{name}:{line}"), position
+        except BadRecordError as error:
+            yield line, error, position
+
+
 def _document(record: Any, name: str) -> Document:
     if isinstance(record, BadRecordError):
         raise record
@@ -179,15 +228,32 @@ type Records = Iterator[tuple[int, Any, int]]
 """Line, record (or why it is bad), position in the file in bytes."""
 
 
-def _read_lines(path: Path) -> Records:
+def _read_lines(path: Path, start: int, stop: int | None) -> Records:
+    import pyarrow
+
     with path.open("rb") as raw:
-        stream: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        records = _text_records(stream) if ".txt" in path.suffixes[-2:] else _json_records(stream)
+        raw.seek(start)
+        stream: Any = raw
+        if path.suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=raw)
+        elif path.suffix == ".zst":
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
+        lines = stream if stop is None else _lines_before(raw, stop)
+        records = _text_records(lines) if ".txt" in path.suffixes[-2:] else _json_records(lines)
         try:
             for line, record in records:
                 yield line, record, raw.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path}: damaged gzip file ({error}); get it again") from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise DataError(f"{path}: damaged zstd file ({error}); get it again") from None
+
+
+def _lines_before(raw: BinaryIO, stop: int) -> Iterator[bytes]:
+    while raw.tell() < stop:
+        yield raw.readline()
 
 
 def _decode(line: bytes) -> str:
@@ -197,7 +263,7 @@ def _decode(line: bytes) -> str:
         raise BadRecordError("not UTF-8") from None
 
 
-def _json_records(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+def _json_records(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue

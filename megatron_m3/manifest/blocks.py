@@ -3,6 +3,7 @@
 Each block is one safetensors file with its own record ``NAME.json`` (bytes, SHA-256, counts), written after it.
 """
 
+import contextlib
 import functools
 import json
 from collections.abc import Iterator, Mapping
@@ -46,11 +47,6 @@ def map_block(path: Path) -> dict[str, np.ndarray]:
         }
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise ArtifactError(f"{path}: not a readable block file ({error}); make it again") from None
-
-
-def _is_half_written(path: Path) -> bool:
-    """Whether :func:`atomic_path` left it when its process was killed."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def _read_json(path: Path, fields: set[str], otherwise: str) -> dict[str, Any]:
@@ -124,7 +120,7 @@ class BlockFolder:
             return True
         if folder.exists() and not folder.is_dir():
             raise ArtifactError(f"{folder}: is a file; choose another folder")
-        if folder.exists() and not all(_is_half_written(path) for path in folder.iterdir()):
+        if folder.exists() and any(not one.name.startswith(".") for one in folder.iterdir()):  # another may begin now
             raise ArtifactError(f"{folder}: not empty, and not begun by this job; choose another folder")
         return False
 
@@ -154,10 +150,16 @@ class BlockFolder:
 
     def write_bytes(self, index: int, data: bytes | bytearray, info: Mapping[str, Any] | None = None) -> None:
         """Write block ``index`` atomically as the bytes ``data``, then its record."""
+        with self.writing(index, dict(info or {})) as temporary:
+            temporary.write_bytes(data)
+
+    @contextlib.contextmanager
+    def writing(self, index: int, info: Mapping[str, Any]) -> Iterator[Path]:
+        """A temporary path that becomes block ``index`` when the `with` ends well; ``info`` may be filled meanwhile."""
         path = self.folder / self.name(index)
         with atomic_path(path) as temporary:
-            temporary.write_bytes(data)
-        record = hash_file(path) | {"info": dict(info or {})}
+            yield temporary
+        record = hash_file(path) | {"info": dict(info)}
         with atomic_path(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(record, sort_keys=True) + "\n")
 

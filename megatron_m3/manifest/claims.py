@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 CLAIMS = ".claims"
-"""Folder in the folder of a bank that is being built."""
+"""Folder in the folder of an artifact that is being made."""
 SIGN_SECONDS = 5.0
 """Most time between two signs of life."""
 EXPIRY_SECONDS = 60.0

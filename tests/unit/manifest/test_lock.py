@@ -118,9 +118,9 @@ def test_a_process_of_another_machine_is_not_taken_for_dead(tmp_path):
             pass
 
 
-def test_a_lock_just_created_says_nothing_yet_and_holds(tmp_path):
+def test_a_lock_that_names_nobody_holds_for_its_lease(tmp_path):
     (tmp_path / NAME).touch()
-    with pytest.raises(ArtifactError, match="locked by a process that just began"), FolderLock(tmp_path, "me"):
+    with pytest.raises(ArtifactError, match="locked by a process that is not named"), FolderLock(tmp_path, "me"):
         pass
     os.utime(tmp_path / NAME, (1, 1))
     with FolderLock(tmp_path, "me"):

@@ -1,0 +1,131 @@
+"""Blocks of a job shared by any number of processes, on one machine or on many, through claims in the job's folder.
+
+Blocks are written atomically and their bytes depend on nothing but the job, so two processes that do the same block,
+as when the first was only slow, do no harm.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Self
+
+from megatron_m3.errors import ConfigError, M3Error
+from megatron_m3.manifest import BlockFolder
+from megatron_m3.manifest.claims import CLAIMS, Claims
+
+POLL_SECONDS = 0.2
+"""Between looks at what other processes have done."""
+type Do = Callable[[int], None]
+"""Writes one block."""
+
+
+def share(folder: BlockFolder, num_blocks: int, do: Do, stopped: Callable[[], bool] = lambda: False) -> Iterator[int]:
+    """Do blocks until all are there, whoever wrote them; gives each block once, and -1 while it waits for others."""
+    with Claims(folder.folder / CLAIMS) as claims:
+        start = zlib.crc32(claims.owner.encode()) % max(1, num_blocks)
+        left = dict.fromkeys([*range(start, num_blocks), *range(start)])
+        while left and not stopped():
+            waiting = True
+            for index in tuple(left):
+                if stopped():
+                    return
+                if folder.done(index) or _do(folder, claims, index, do):
+                    waiting = False
+                    del left[index]
+                    yield index
+            if waiting:
+                yield -1
+                time.sleep(POLL_SECONDS)
+
+
+def _do(folder: BlockFolder, claims: Claims, index: int, do: Do) -> bool:
+    """Write a block, unless it is there since we looked; false where another process has it."""
+    if not claims.take(str(index)):
+        return False
+    try:
+        if not folder.done(index):
+            do(index)
+    finally:
+        claims.release(str(index))
+    return True
+
+
+class Workers:
+    """``count`` processes of this machine that share blocks with each other and with every other job; a context."""
+
+    def __init__(self, count: int) -> None:
+        if count < 1:
+            raise ConfigError(f"workers={count}: must be at least 1")
+        self.count = count
+
+    def __enter__(self) -> Self:
+        import multiprocessing
+
+        self.pool: ProcessPoolExecutor | None = None
+        if self.count > 1:
+            context = multiprocessing.get_context("spawn")
+            self.stop = context.Event()
+            self.pool = ProcessPoolExecutor(self.count, context, _begin, (self.stop,))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.pool is not None:
+            self.stop.set()
+            self.pool.shutdown(cancel_futures=True)
+
+    def run(self, label: str, folder: BlockFolder, sizes: Sequence[int], unit: str, do: Do) -> None:
+        """Have every block of ``folder`` written by ``do``, with progress on stderr.
+
+        Args:
+            label: what is done.
+            folder: of the blocks; each has ``sizes`` of ``unit`` in it.
+            sizes: of the blocks.
+            unit: what they count.
+            do: writes the block of a number; it can be pickled.
+
+        Raises:
+            M3Error: as ``do`` does, or because a worker was killed.
+        """
+        from megatron_m3.platform.progress import Progress
+
+        missing = set(folder.missing(len(sizes)))
+        with Progress(label, sum(sizes[index] for index in missing), unit) as progress:
+            for index in self._share(folder, len(sizes), do):
+                progress.advance(sizes[index] if index in missing else 0)
+                missing.discard(index)
+
+    def _share(self, folder: BlockFolder, num_blocks: int, do: Do) -> Iterator[int]:
+        if self.pool is None:
+            yield from share(folder, num_blocks, do)
+            return
+        pending: set[Future[Any]] = {self.pool.submit(_work, folder, num_blocks, do) for _ in range(self.count)}
+        left = set(range(num_blocks))
+        try:
+            while pending:
+                finished, pending = wait(pending, timeout=POLL_SECONDS)
+                for one in finished:
+                    one.result()
+                found = {index for index in left if folder.done(index)}
+                left -= found
+                yield from sorted(found) or [-1]
+        except BrokenProcessPool:
+            raise M3Error("workers: one was killed, perhaps for want of memory; run the same command again, with fewer "
+                          "workers: it goes on from the missing blocks") from None
+
+
+_stop: Any = None
+
+
+def _begin(stop: Any) -> None:
+    global _stop
+    _stop = stop
+
+
+def _work(folder: BlockFolder, num_blocks: int, do: Do) -> None:
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    for _ in share(folder, num_blocks, do, lambda: _stop.is_set() or not (parent and parent.is_alive())):
+        pass
