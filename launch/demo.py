@@ -51,7 +51,7 @@ class Options:
     bank_ranks: int = 2
     """MPI processes that write the bank."""
     codec: str = "auto"
-    """Codec of the bank: auto, none, or a FAISS factory string."""
+    """Codec of the bank: auto, none, fp8, KLT and a number, or a FAISS factory string."""
     fresh: bool = False
     """Start over: remove what an earlier demo left in output/run."""
 
