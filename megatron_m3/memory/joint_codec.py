@@ -81,7 +81,7 @@ class JointCodec(Codec):
         for head in head_C.unique().tolist():
             lists_C = (head_C == head).numpy()
             codes_NB = np.ascontiguousarray(codes_NCB[:, lists_C]).reshape(N * K, lists_C.sum() * self.token_bytes)
-            kv_CNKXD[lists_C] = self.code.decode(head, codes_NB, K).reshape(lists_C.sum(), N, K, 2, self.head_size)
+            kv_CNKXD[lists_C] = self.code.decode(head, codes_NB).reshape(lists_C.sum(), N, K, 2, self.head_size)
         return _turn(kv_CNKXD.permute(1, 0, 3, 2, 4), positions_NCK, self.frequency, 1).to(dtype)
 
     def empty_lists(self, codes_NCB: np.ndarray, valid_NK: np.ndarray) -> np.ndarray:
@@ -123,6 +123,7 @@ def _by_class(kv_NCXKD: Tensor) -> Tensor:
 
 def _turn(kv_NCXKD: Tensor, positions_NCK: Tensor, frequency: Tensor, sign: int) -> Tensor:
     """The lists with keys turned by their positions (sign 1) or back (-1)."""
-    angle = sign * positions_NCK[..., None].double() * frequency
-    turned = rotate(kv_NCXKD[:, :, 0], (angle.cos().float(), angle.sin().float()))
+    places = positions_NCK.long()
+    angle = sign * torch.arange(int(places.max()) + 1 if places.numel() else 0)[:, None].double() * frequency
+    turned = rotate(kv_NCXKD[:, :, 0], (angle.cos().float()[places], angle.sin().float()[places]))
     return torch.stack([turned, kv_NCXKD[:, :, 1]], 2)

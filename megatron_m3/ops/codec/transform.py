@@ -25,6 +25,8 @@ TABLE_INERTIA = 8
 """Coordinates that a table's old entry counts for when it is fitted."""
 FLOOR = 1e-6
 """Smallest eigenvalue, as a share of the largest of a class, that counts as one."""
+DECODED_TOGETHER = 64
+"""Vectors of a class in one product."""
 UNIT = 32
 """Whole numbers that a typical error of the most wrong coordinate spans where streams are compared."""
 
@@ -77,11 +79,8 @@ class TransformCode:
                   for part in vectors_CND.split(trellis.CHUNK, dim=1)]
         return trellis.pack(torch.cat(states, 1), bits)
 
-    def decode(self, group: int, codes_NB: np.ndarray, together: int) -> Tensor:
-        """Vectors, float32 [C, N, D], that the codes of a group stand for.
-
-        They are multiplied ``together`` at a time, which divides N: last bits depend on that, and not on N.
-        """
+    def decode(self, group: int, codes_NB: np.ndarray) -> Tensor:
+        """Vectors, float32 [C, N, D], that the codes of a group stand for."""
         chosen_C = self.group_C == group
         bits_CD = self.bits_CD[chosen_C]
         order_T, bits = self._order(group)
@@ -89,11 +88,11 @@ class TransformCode:
         ends[order_T] = torch.tensor(bits).cumsum(0)
         coordinates = trellis.look_up(codes_NB, ends, bits_CD.flatten().long(), self.tables)
         coordinates_CDN = coordinates.view(*bits_CD.shape, len(codes_NB))
+        # products of one shape, filled up with 0, so that last bits do not depend on how many are decoded
+        padded = torch.nn.functional.pad(coordinates_CDN, (0, -len(codes_NB) % DECODED_TOGETHER))
         from_CDD, mean_CD1 = self.from_CDD[chosen_C].transpose(1, 2), self.mean_CD[chosen_C][..., None]
-        vectors_CDN = torch.empty_like(coordinates_CDN)
-        for part, out in zip(coordinates_CDN.split(together, 2), vectors_CDN.split(together, 2), strict=True):
-            out.copy_(torch.baddbmm(mean_CD1, from_CDD, part.contiguous()))
-        return vectors_CDN.transpose(1, 2)
+        parts = [torch.baddbmm(mean_CD1, from_CDD, part) for part in padded.split(DECODED_TOGETHER, 2)]
+        return torch.cat(parts, 2)[..., : len(codes_NB)].transpose(1, 2)
 
     def _order(self, group: int) -> tuple[Tensor, list[int]]:
         """Places of a group's coordinates in the order of their codes, most bits first, and their bits."""

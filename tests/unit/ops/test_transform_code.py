@@ -26,7 +26,7 @@ def after(vectors, code):
     out = torch.empty_like(vectors)
     for group in code.group_C.unique().tolist():
         chosen = code.group_C == group
-        out[chosen] = code.decode(group, code.encode(group, vectors[chosen]), 8)
+        out[chosen] = code.decode(group, code.encode(group, vectors[chosen]))
     return out
 
 
