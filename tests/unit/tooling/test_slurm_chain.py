@@ -190,3 +190,21 @@ def test_a_training_is_told_by_its_step_line_unless_it_failed(path: Path, tmp_pa
     assert last_line(second, submitted).startswith("step 3/9  33% | loss 2.5000")
     assert "1.23k tokens/s" in last_line(second, submitted)
     assert last_line(second, submitted, is_failed=True) == "error: no tokens"
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "status", "said"),
+    [
+        ("data tokenize --input @.txt", {}, 0, "launch.m3 data tokenize --input @.txt"),
+        ("data tokenize --input @.txt", {"SLURM_ARRAY_TASK_ID": "1", "M3_ARRAY": "a b"}, 0, "tokenize --input b.txt"),
+        ("data filter --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 0, "launch.m3 data filter --input x"),
+        ("data tokenize --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 2, "an array of m3 data tokenize needs M3_ARRAY"),
+        ("score --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 2, "an array of m3 score --input needs M3_ARRAY"),
+    ],
+)
+def test_an_array_takes_a_word_each_or_shares_what_can_be_shared(words, given, status, said):
+    script = f'set -euo pipefail; M3_SRUN=(); srun() {{ echo "$@"; }}; set -- {words}; source slurm/one_process.sh'
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env={"PATH": "/usr/bin:/bin"} | given, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == status
+    assert said in done.stdout + done.stderr
