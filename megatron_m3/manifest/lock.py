@@ -115,7 +115,7 @@ class FolderLock:
             os.link(temporary, self.path)
         except OSError as error:
             os.close(self._descriptor)
-            if isinstance(error, FileExistsError):
+            if isinstance(error, FileExistsError | FileNotFoundError):  # held; its owner may have cleared our file
                 return False
             error.filename, error.filename2 = str(self.path), None
             raise
