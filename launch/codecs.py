@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
@@ -82,31 +82,20 @@ def measure(options: CodecsOptions) -> list["CodecResult"]:
 
     select()
     from megatron_m3.evaluation.codec_table import measure_codecs
-    from megatron_m3.evaluation.examples import read_examples
     from megatron_m3.evaluation.frontier import Frontier, ResultFile
-    from megatron_m3.manifest import hash_file
-    from megatron_m3.memory.codecs import check_codec
     from megatron_m3.model.checkpoint import load_model
 
-    loaded = load_model(Path(options.checkpoint), dtype=options.dtype)
     points = [_point(options.memory, codec) for codec in dict.fromkeys(["none", *options.codecs.split()])]
-    for point in points:
-        check_codec(point.codec, loaded.config.model.head_size)
-    paths = [Path(options.input), Path(options.calibration)]
-    lines, calibration = (read_examples(path, loaded.tokenizer, reads_references=True,
-                                        reference_length=loaded.config.memory.reference_length) for path in paths)
-    identity = [loaded.weights_hash[:16], *(hash_file(path)["sha256"][:16] for path in paths),
-                loaded.config.training.dtype]
-    frontier = Frontier(loaded, points, lines[: options.lines or None], calibration, seed=options.seed,
-                        identity=identity, label=Path(options.checkpoint).name)
+    frontier = Frontier.open(load_model(Path(options.checkpoint), dtype=options.dtype), points, Path(options.input),
+                             Path(options.calibration), lines=options.lines, seed=options.seed,
+                             label=Path(options.checkpoint).name)
     return measure_codecs(frontier, ResultFile(Path(options.output)), options.error_lines)
 
 
 def _point(memory: str, codec: str) -> "Point":
     from megatron_m3.evaluation.frontier import Point
 
-    fields: dict[str, Any] = dict(Point.parse(memory).memory) if memory else {}
-    return Point(mode="explicit", codec=codec, memory=tuple(sorted(fields.items())))
+    return Point(mode="explicit", codec=codec, memory=Point.parse(memory).memory if memory else ())
 
 
 def table(results: Sequence["CodecResult"]) -> list[str]:

@@ -80,29 +80,15 @@ def score_points(options: FrontierOptions, label: str, checkpoint: str) -> list[
     from megatron_m3.platform import select
 
     select()
-    from megatron_m3.evaluation.examples import read_examples
     from megatron_m3.evaluation.frontier import Frontier, Point, ResultFile, collect
-    from megatron_m3.manifest import hash_file
-    from megatron_m3.memory.codecs import check_codec
     from megatron_m3.model.checkpoint import load_model
     from megatron_m3.platform.progress import Progress
 
     points = list(dict.fromkeys(Point.parse(text) for text in options.points.split()))
     results = ResultFile(Path(options.output))
-    loaded = load_model(Path(checkpoint), dtype=options.dtype)
-    for point in points:
-        check_codec(point.codec, point.config(loaded.config).model.head_size)
-    length = loaded.config.memory.reference_length
-    paths = [Path(options.input), Path(options.calibration or options.input)]
-    reads = any(point.mode in ("explicit", "shuffled") for point in points)
-    lines, calibration = (
-        read_examples(path, loaded.tokenizer, reads_references=reads, reference_length=length) for path in paths
-    )
-    frontier = Frontier(
-        loaded, points, lines[: options.lines or None], calibration, seed=options.seed, label=label,
-        identity=[loaded.weights_hash[:16], *(hash_file(path)["sha256"][:16] for path in paths),
-                  loaded.config.training.dtype],
-    )  # fmt: skip
+    frontier = Frontier.open(load_model(Path(checkpoint), dtype=options.dtype), points, Path(options.input),
+                             Path(options.calibration or options.input), lines=options.lines, seed=options.seed,
+                             label=label)
     total = sum(len(block) * len(lacking) for block, lacking in frontier.missing(results))
     with Progress(label, total, "lines", enabled=total > 0) as progress:
         frontier.run(results, progress.advance)

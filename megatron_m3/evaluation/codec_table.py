@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_m3.evaluation.codec_errors import CodecErrors, measure_errors
-from megatron_m3.evaluation.frontier import Frontier, Point, ResultFile, collect
+from megatron_m3.evaluation.frontier import Frontier, Point, ResultFile, collect, per_token
 from megatron_m3.memory import Codec
 from megatron_m3.platform.progress import Progress
 
@@ -87,5 +87,4 @@ def _cost(frontier: Frontier, results: ResultFile, point: Point, exact: Point) -
     ]
     more = [one - other for row, base in rows for one, other in zip(row["nll"], base["nll"], strict=True)]
     tokens = [count for row, _ in rows for count in row["tokens"]]
-    cost = sum(more) / sum(tokens)
-    return cost, sum((one - cost * count) ** 2 for one, count in zip(more, tokens, strict=True)) ** 0.5 / sum(tokens)
+    return per_token(more, tokens)

@@ -15,10 +15,11 @@ from typing import Any, Self
 
 from megatron_m3.config import Config, replace_fields
 from megatron_m3.errors import ConfigError, DataError
-from megatron_m3.evaluation.examples import Example, exchange_references
+from megatron_m3.evaluation.examples import Example, exchange_references, read_examples
 from megatron_m3.evaluation.scoring import CodecSample, Mode, Scorer, distinct_references, encode_texts
+from megatron_m3.manifest import hash_file
 from megatron_m3.memory import Codec, ExplicitMemories
-from megatron_m3.memory.codecs import token_bytes
+from megatron_m3.memory.codecs import check_codec, token_bytes
 from megatron_m3.memory.record import record_bytes
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.platform.progress import Progress
@@ -128,6 +129,27 @@ class Frontier:
         }
         self.samples: dict[tuple[tuple[str, str], ...], CodecSample] = {}
 
+    @classmethod
+    def open(
+        cls, loaded: LoadedModel, points: Sequence[Point], input: Path, calibration: Path, *, lines: int, seed: int,
+        label: str,
+    ) -> Self:
+        """The points of a checkpoint on the first ``lines`` of a JSONL file (0: all), checked before anything is run.
+
+        Raises:
+            M3Error: a codec that there is not, or a line that cannot be read.
+        """
+        for point in points:
+            check_codec(point.codec, point.config(loaded.config).model.head_size)
+        reads = any(point.mode in ("explicit", "shuffled") for point in points)
+        paths, length = (input, calibration), loaded.config.memory.reference_length
+        examples, others = (
+            read_examples(path, loaded.tokenizer, reads_references=reads, reference_length=length) for path in paths
+        )
+        identity = [loaded.weights_hash[:16], *(hash_file(path)["sha256"][:16] for path in paths),
+                    loaded.config.training.dtype]
+        return cls(loaded, points, examples[: lines or None], others, seed=seed, identity=identity, label=label)
+
     def blocks(self) -> list[range]:
         """Places of the lines of each block."""
         count = len(self.examples["explicit"])
@@ -225,11 +247,17 @@ def collect(frontier: Frontier, results: ResultFile) -> list[PointResult]:
     for point in frontier.points:
         rows = [results.rows[frontier.key(point, block)] for block in frontier.blocks()]
         nll, tokens = ([value for row in rows for value in row[name]] for name in ("nll", "tokens"))
-        loss, size = sum(nll) / sum(tokens), rows[0]["bytes"] or {}
-        spread = sum((one - loss * count) ** 2 for one, count in zip(nll, tokens, strict=True)) ** 0.5
+        size, (loss, error) = rows[0]["bytes"] or {}, per_token(nll, tokens)
         found.append(PointResult(
             checkpoint=frontier.label, point=point.name, mode=point.mode, key_value_bytes=size.get("key_values"),
             record_bytes=size.get("record"), lines=len(nll), tokens=sum(tokens), nats_per_token=loss,
-            standard_error=spread / sum(tokens),
+            standard_error=error,
         ))  # fmt: skip
     return found
+
+
+def per_token(sums: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
+    """The mean over tokens of what lines sum up to, and its standard error over draws of lines."""
+    total = sum(tokens)
+    mean = sum(sums) / total
+    return mean, sum((one - mean * count) ** 2 for one, count in zip(sums, tokens, strict=True)) ** 0.5 / total

@@ -107,13 +107,8 @@ class Claims:
 
     def _is_alive(self, owner: str) -> bool:
         host, pid = owner.rsplit("-", 2)[:2]
-        if host == os.uname().nodename:
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                return False
-            except PermissionError:  # another user's
-                pass
+        if host == os.uname().nodename and not is_running(int(pid)):
+            return False
         return self._is_fresh(self._sign(owner))
 
     def _is_fresh(self, path: Path) -> bool:
@@ -123,6 +118,17 @@ class Claims:
             return mine.stat().st_mtime - path.stat().st_mtime <= self.expiry
         except FileNotFoundError:
             return False
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _read(path: Path) -> str | None:

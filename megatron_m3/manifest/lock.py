@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from megatron_m3.errors import ArtifactError
+from megatron_m3.manifest.claims import is_running
 
 NAME = "lock.json"
 LEASE_SECONDS = 90.0
@@ -51,15 +52,7 @@ class Owner:
 
     def is_gone(self) -> bool:
         """Whether its process is known to have ended: it ran here, and there is none of that number now."""
-        if (self.host, self.machine) != (socket.gethostname(), _machine()):
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
+        return (self.host, self.machine) == (socket.gethostname(), _machine()) and not is_running(self.pid)
 
     def __str__(self) -> str:
         return f"`{self.command}`, process {self.pid} on {self.host}, since {self.started}"
