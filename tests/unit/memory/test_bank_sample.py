@@ -17,16 +17,6 @@ HEADS = 4
 
 
 @pytest.fixture(scope="module")
-def run(folder, loaded):
-    """The tiny model's checkpoint."""
-    from megatron_m3.model.checkpoint import save_checkpoint
-
-    data = replace(loaded.config.data, tokenizer=str(folder / "tokenizer"))
-    save_checkpoint(folder / "run", 1, [loaded.model], replace(loaded.config, data=data))
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
 def banks(folder, run, references):
     """A finished bank of each codec."""
     from launch.build_bank import main
