@@ -148,7 +148,7 @@ def _plan(options: BankConfig, comm: Any) -> str | None:
     rates, line = comm.gather(mine), None
     with agree(comm):
         if comm.rank == 0:
-            plan = plan_build(order, rates, has_device=select().is_cuda)
+            plan = plan_build(order, rates, select().device)
             line = json.dumps(asdict(plan), indent=2) if options.json else plan_table(plan)
     return line
 

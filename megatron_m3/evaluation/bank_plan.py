@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_m3.config import Config
 from megatron_m3.evaluation.codec_time import measure_codec
 from megatron_m3.evaluation.cost import TFLOP, format_bytes, write_memory_flops
 from megatron_m3.memory.build import GROUP, BankOrder
+from megatron_m3.memory.codec import CPU
 from megatron_m3.memory.space import measure_space
 from megatron_m3.memory.write import GROUPS_IN_RAM
 from megatron_m3.platform.progress import format_seconds
@@ -77,22 +79,22 @@ class BuildPlan:
     training_seconds: float
     """Training of the codec, by rank 0."""
     vectors_per_second: float
-    """Keys and values that a rank codes, on one thread."""
+    """Keys and values that a rank codes, on its device, or one thread."""
     is_scaled: bool
     """Whether a smaller codec than the bank's was timed."""
     coding_seconds: float
     """Coding of all keys and values, by all ranks."""
     seconds: float
-    """Of all: coding runs beside the model where that has a device, else after it."""
+    """Of all; the model and the codec take turns."""
 
 
-def plan_build(order: BankOrder[Any], rates: Sequence[float], *, has_device: bool = False) -> BuildPlan:
+def plan_build(order: BankOrder[Any], rates: Sequence[float], device: torch.device = CPU) -> BuildPlan:
     """What a build takes on ranks that reach ``rates`` TFLOP/s each; writes nothing.
 
     Args:
         order: the bank.
         rates: of all ranks, in order.
-        has_device: whether the ranks compute on devices of their own, beside which the codec works.
+        device: what a rank computes on, the codec too.
 
     Raises:
         M3Error: the build would be refused for another reason than a lack of space.
@@ -104,7 +106,7 @@ def plan_build(order: BankOrder[Any], rates: Sequence[float], *, has_device: boo
     lists, kept = int(settings.memory_lists.sum()), settings.num_kept_tokens
     memory_bytes = settings.memory_lists.numel() * kept * (2 * 4 * settings.head_size + 2)
     write, training = (_write_flops(config, order.lengths[chosen]) for chosen in (ids, sample))
-    codec = measure_codec(settings, lists * int(np.minimum(order.lengths[sample], kept).sum()))
+    codec = measure_codec(settings, lists * int(np.minimum(order.lengths[sample], kept).sum()), device)
     vectors = 2 * lists * int(np.minimum(order.lengths[ids], kept).sum())
     tflops, groups = sum(rates), len(rates) // options.tensor_parallel
     model_seconds = (write + training) / (tflops * TFLOP * options.plan_utilisation)
@@ -127,7 +129,7 @@ def plan_build(order: BankOrder[Any], rates: Sequence[float], *, has_device: boo
         is_measured=not options.plan_tflops, utilisation=options.plan_utilisation, model_seconds=model_seconds,
         training_seconds=codec.training_seconds, vectors_per_second=codec.vectors_per_second,
         is_scaled=codec.is_scaled, coding_seconds=coding_seconds,
-        seconds=codec.training_seconds + (max if has_device else sum)([model_seconds, coding_seconds]),
+        seconds=codec.training_seconds + model_seconds + coding_seconds,
     )
 
 
@@ -180,7 +182,7 @@ def _lines(plan: BuildPlan) -> Iterable[tuple[str, str]]:
     yield "hardware", (f"{plan.tflops:,.4g} TFLOP/s for all ranks, {how}; encoding is taken to reach "
                        f"{100 * plan.utilisation:.3g} % of it")
     yield "coding", (f"{plan.vectors:,} keys and values at {plan.vectors_per_second:,.4g}/s a rank: "
-                     f"{format_seconds(plan.coding_seconds)}; timed here on random vectors, on one thread"
+                     f"{format_seconds(plan.coding_seconds)}; timed here on random vectors"
                      + ", with smaller codebooks, and scaled by their sizes" * plan.is_scaled)
     yield "time", (f"about {format_seconds(plan.seconds)} ({plan.seconds / 3600:,.3g} hours), model "
                    f"{format_seconds(plan.model_seconds)}; not counted: loading it, and slow disks")

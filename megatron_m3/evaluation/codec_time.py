@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from megatron_m3.memory.bank import BankSettings
-from megatron_m3.memory.codec import Codec
+from megatron_m3.memory.codec import CPU, Codec
 from megatron_m3.memory.codecs import JOINT, VECTORS_PER_NUMBER, train_codec
 from megatron_m3.memory.sensitivity import Sensitivity
 from megatron_m3.memory.types import ExplicitMemories
+from megatron_m3.memory.write import GROUP
 from megatron_m3.ops.codec import vectors_needed
 
 SMALL_BITS = 8
@@ -32,7 +33,7 @@ OPQ_STEPS, OPQ_VECTORS = 40 + 49 * 4, 65536
 
 @dataclass(frozen=True, kw_only=True)
 class CodecTime:
-    """Of one rank, on one thread."""
+    """Of one rank: its training on one thread, its coding there or on the rank's device."""
 
     training_seconds: float
     vectors_per_second: float
@@ -41,15 +42,16 @@ class CodecTime:
     """Whether a smaller codec was timed."""
 
 
-def measure_codec(settings: BankSettings, sample_vectors: int) -> CodecTime:
+def measure_codec(settings: BankSettings, sample_vectors: int, device: torch.device = CPU) -> CodecTime:
     """Time the codec of a bank.
 
     Args:
         settings: of the bank.
         sample_vectors: keys that it will be trained on, and as many values; 0 where it is trained already.
+        device: what it codes on.
     """
     if settings.codec == "none":
-        return CodecTime(training_seconds=0.0, vectors_per_second=_rate(_train("none", settings, 16), settings),
+        return CodecTime(training_seconds=0.0, vectors_per_second=_rate(_train("none", settings, 16), settings, device),
                          is_scaled=False)
     size, small = settings.head_size, _small(settings.codec)
     lists, kept = int(settings.memory_lists.sum()), settings.num_kept_tokens
@@ -63,7 +65,7 @@ def measure_codec(settings: BankSettings, sample_vectors: int) -> CodecTime:
     work = _training_work(settings.codec, size, sample_vectors) / _training_work(small, size, timed)
     slower = _coding_work(settings.codec, size) / _coding_work(small, size)
     return CodecTime(training_seconds=seconds * work if sample_vectors else 0.0,
-                     vectors_per_second=_rate(codec, settings) / slower, is_scaled=small != settings.codec)
+                     vectors_per_second=_rate(codec, settings, device) / slower, is_scaled=small != settings.codec)
 
 
 def _small(name: str) -> str:
@@ -93,15 +95,18 @@ def _random(settings: BankSettings, references: int) -> ExplicitMemories:
     )
 
 
-def _rate(codec: Codec, settings: BankSettings) -> float:
+def _rate(codec: Codec, settings: BankSettings, device: torch.device) -> float:
     """Vectors a second."""
     vectors = 2 * int(settings.memory_lists.sum()) * settings.num_kept_tokens
-    some = _random(settings, max(1, 4096 // vectors))
-    count, start = 0, time.process_time()
-    while count == 0 or time.process_time() - start < SECONDS:
+    is_cuda = device.type == "cuda"
+    some = _random(settings, GROUP if is_cuda else max(1, 4096 // vectors)).to(device, torch.float32)
+    codec, clock = codec.to(device), time.perf_counter if is_cuda else time.process_time
+    codec.encode(some)
+    count, start = 0, clock()
+    while count == 0 or clock() - start < SECONDS:
         codec.encode(some)
         count += 1
-    return vectors * len(some) * count / max(time.process_time() - start, 1e-6)
+    return vectors * len(some) * count / max(clock() - start, 1e-6)
 
 
 def _coding_work(name: str, size: int) -> float:

@@ -54,7 +54,7 @@ class GatedReading:
         """
         config = replace_fields(loaded.config, {"memory.layers": "all", "memory.heads": "all"})
         self.loaded, self.config = replace(loaded, config=config), config
-        self.device = next(loaded.model.parameters()).device
+        self.device = loaded.device
         self.rope = Rope.of(config.model)
         self.num_tokens = sum(len(one.target) for one in examples)
         self.settled = torch.zeros(config.model.num_layers, config.model.num_kv_heads, dtype=torch.bool)

@@ -95,7 +95,7 @@ class Scorer:
         self.batch_tokens = batch_tokens
         self.newline = loaded.tokenizer.encode("\n")
         self.rope = Rope.of(self.config.model)
-        self.device = next(loaded.model.parameters()).device
+        self.device = loaded.device
 
     def score(self, examples: Sequence[Example], done: Callable[[int], None] = lambda count: None) -> list[Score]:
         """The score of every example, in order; ``done(n)`` is told of every n that are finished.

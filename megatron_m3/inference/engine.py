@@ -48,7 +48,7 @@ class Engine:
                 memory_heads=self.config.memory_heads,
                 heads=local_kv_heads(self.config),
                 restricted_heads=restricted_heads(self.config),
-                device=next(loaded.model.parameters()).device,
+                device=loaded.device,
                 max_overlap=max_overlap,
             )
 

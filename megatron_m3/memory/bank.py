@@ -188,6 +188,10 @@ class MemoryBank:
         """Keep records that are read in a local folder, and look there first: for a bank that is far away."""
         self.mirror = Mirror(folder, self.hash, budget_bytes)
 
+    def decode_on(self, device: torch.device | str) -> None:
+        """Have codes become numbers on ``device``, so that little is carried there; until then on the CPU."""
+        self.codec = self.codec.to(device)
+
     def configure(self, config: Config) -> Config:
         """``config`` with the memory layers and heads, kept tokens and selection of this bank.
 

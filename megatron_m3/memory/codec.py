@@ -9,9 +9,9 @@ head; heads that hold no memory in a layer have none there.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -24,18 +24,25 @@ from megatron_m3.ops.codec import FaissVectors, Fp8Vectors, RawVectors, VectorCo
 
 KIND, SCHEMA = "codec", 3
 Dtype = Literal["fp32", "bf16"]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codec(ABC):
-    """Turns explicit memories into bytes and back."""
+    """Turns explicit memories into bytes and back, on a device; the bytes themselves are on the CPU."""
 
     name: str
     """none, fp8, KLT and a number, or the FAISS factory string."""
     head_size: int
     held_LG: Tensor | None = None
     """Which heads hold memory in which memory layers, bool; None where all do. The bank says it, not the files."""
+    device: torch.device = CPU
+    """Where it computes."""
     kind: ClassVar[str]
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self:
+        """The same codec on ``device``. Codes of another kind of device may differ where two are as good."""
 
     @property
     @abstractmethod
@@ -72,14 +79,15 @@ class Codec(ABC):
         """
         check_finite(memories)
         held_LG = self._held(memories.positions)
-        codes = self.encode_lists(memories.kv.transpose(2, 3)[:, held_LG], memories.positions[:, held_LG])
+        kv_NLGXKD = memories.kv.to(self.device).transpose(2, 3)
+        codes = self.encode_lists(kv_NLGXKD[:, held_LG], memories.positions[:, held_LG])
         return self.empty_lists(codes, memories.valid_slots().numpy())
 
     def decode(
         self, codes_NCB: np.ndarray, positions_NLGK: Tensor, num_kept_N: Tensor, heads: slice = slice(None),
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Keys and values of the kv heads ``heads``, [N, L, 2, G, K, D].
+        """Keys and values of the kv heads ``heads``, [N, L, 2, G, K, D], on the codec's device.
 
         They are 0 in empty slots, and where a head holds no memory. The codes are of the lists of ``heads`` alone.
         """
@@ -87,7 +95,7 @@ class Codec(ABC):
         kv_NCXKD = self.decode_lists(codes_NCB, positions_NLGK[:, held_LG], heads, dtype)
         empty_NK = torch.arange(kv_NCXKD.shape[3]) >= num_kept_N[:, None]
         if empty_NK.any():
-            kv_NCXKD.masked_fill_(empty_NK[:, None, None, :, None], 0)
+            kv_NCXKD.masked_fill_(empty_NK[:, None, None, :, None].to(self.device), 0)
         if held_LG.all():
             return kv_NCXKD.unflatten(1, held_LG.shape).transpose(2, 3)
         kv_NLGXKD = kv_NCXKD.new_zeros(len(kv_NCXKD), *held_LG.shape, *kv_NCXKD.shape[2:])
@@ -108,9 +116,10 @@ class Codec(ABC):
     def errors(self, memories: ExplicitMemories) -> tuple[float, float]:
         """Squared error of keys and of values, each as a share of their squared length."""
         held_LG = self._held(memories.positions)
-        before, after = (some.kv.transpose(2, 3)[:, held_LG] for some in (memories, self.round_trip(memories)))
+        before, after = (some.kv.to(self.device).transpose(2, 3)[:, held_LG]
+                         for some in (memories, self.round_trip(memories)))
         squares = [((after - before)[:, :, part].square().sum(), before[:, :, part].square().sum()) for part in (0, 1)]
-        key, value = (float(error / max(total, torch.tensor(1e-30))) for error, total in squares)
+        key, value = (float(error / total.clamp_min(1e-30)) for error, total in squares)
         return key, value
 
     def save(self, folder: Path, inputs: dict[str, str]) -> str:
@@ -149,6 +158,12 @@ class SeparateCodec(Codec):
         """See :class:`Codec`."""
         return self.key.code_bytes + self.value.code_bytes
 
+    def to(self, device: torch.device | str) -> Self:
+        """See :class:`Codec`; constructions that only FAISS knows are coded on the CPU all the same."""
+        device = torch.device(device)
+        key = self.key.to(device)
+        return replace(self, device=device, key=key, value=key if self.is_shared else self.value.to(device))
+
     @property
     def is_shared(self) -> bool:
         """Whether keys and values have one codebook."""
@@ -158,7 +173,7 @@ class SeparateCodec(Codec):
         """See :class:`Codec`."""
         parts = (self.key, self.value)
         N, C, _, K, D = kv_NCXKD.shape
-        codes = [part.encode(kv_NCXKD[:, :, place].reshape(N * C * K, D).numpy()) for place, part in enumerate(parts)]
+        codes = [part.encode(kv_NCXKD[:, :, place].reshape(N * C * K, D)) for place, part in enumerate(parts)]
         return np.stack([one.reshape(N, C, K * one.shape[1]) for one in codes], 2).reshape(N, C, K * self.token_bytes)
 
     def decode_lists(
@@ -167,7 +182,7 @@ class SeparateCodec(Codec):
         """See :class:`Codec`."""
         N, C, K = positions_NCK.shape
         codes_NCXKB = codes_NCB.reshape(N, C, 2, K, self.key.code_bytes)
-        kv_NCXKD = torch.empty(N, C, 2, K, self.head_size, dtype=dtype)
+        kv_NCXKD = torch.empty(N, C, 2, K, self.head_size, dtype=dtype, device=self.device)
         for place, part in enumerate((self.key, self.value)):
             part.decode_into(codes_NCXKB[:, :, place], kv_NCXKD[:, :, place])
         return kv_NCXKD

@@ -12,7 +12,7 @@ from megatron_m3.manifest import check_input, hash_json, read_manifest
 from megatron_m3.memory.bank import BankSettings, shard_name
 from megatron_m3.memory.codec import KIND, SCHEMA, Codec, SeparateCodec
 from megatron_m3.memory.codecs import load_codec
-from megatron_m3.memory.encode import encode_references
+from megatron_m3.memory.encode import start_encoding
 from megatron_m3.memory.mirror import BYTES, Mirror
 from megatron_m3.memory.reader import Wanted
 from megatron_m3.memory.types import ExplicitMemories, held_lists
@@ -42,7 +42,8 @@ class ColdMemories:
         config = loaded.config
         held_LG = held_lists(config.memory_heads, config.model.num_kv_heads)
         self.loaded, self.references = loaded, references
-        self.codec = codec or SeparateCodec.none(config.model.head_size, config.training.dtype, held_LG)
+        codec = codec or SeparateCodec.none(config.model.head_size, config.training.dtype, held_LG)
+        self.codec = codec.to(loaded.device)
         self.settings = BankSettings.of(config, num_references=len(references), block_size=BLOCK_SIZE,
                                         codec=self.codec.name, token_bytes=self.codec.token_bytes)
         self.record = self.settings.record
@@ -95,15 +96,15 @@ class ColdMemories:
         return rows
 
     def decode(self, rows: np.ndarray, kv_heads: slice = slice(None)) -> ExplicitMemories:
-        """The memories in ``rows``, as :meth:`rows` gives them."""
+        """The memories in ``rows``, as :meth:`rows` gives them, on the model's device."""
         codes_NCB, positions, num_kept = self.record.part(kv_heads)[0].unpack(rows)
         kv = self.codec.decode(codes_NCB, positions, num_kept, kv_heads)
         return ExplicitMemories(kv=kv, positions=positions, num_kept=num_kept)
 
     def _write(self, ids: np.ndarray) -> np.ndarray:
         """Whole records of ``ids``."""
-        memories = encode_references(self.loaded, *self.references.tokens(ids))
-        return self.record.pack(self.codec.encode(memories), memories.positions, memories.num_kept)
+        late = start_encoding(self.loaded, *self.references.tokens(ids), [self.loaded.config])
+        return late[0].records(self.codec, self.record)
 
 
 def _union(ids: np.ndarray) -> np.ndarray:

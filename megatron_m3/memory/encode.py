@@ -4,7 +4,10 @@ Letters: N references, T tokens (P of them prefix), L memory layers, X key or va
 (both the local tensor-parallel shard), K kept tokens, D head size, S sequence, B batch, E hidden.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +20,10 @@ from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.rope import Rope, rotate
 from megatron_m3.model.selection import select_in_layer
 from megatron_m3.ops.memory_attention import get_backend
+
+if TYPE_CHECKING:
+    from megatron_m3.memory.codec import Codec
+    from megatron_m3.memory.record import RecordLayout
 
 BATCH_TOKENS = 8192
 
@@ -95,16 +102,37 @@ class LateMemories:
             self.written = torch.cuda.current_stream(self.device).record_event()
 
     def collect(self) -> ExplicitMemories:
-        """The memories on the CPU, once they are there; what the device was given later does not hold them."""
+        """The memories on the CPU, once they are there."""
+        with self._stream():
+            return self._whole().cpu()
+
+    def records(self, codec: "Codec", layout: "RecordLayout") -> np.ndarray:
+        """Their records in a bank, uint8 [N, bytes]; on the device of ``codec`` memories become codes.
+
+        Raises:
+            M3Error: a key or value is not finite.
+        """
+        with self._stream():
+            memories = self._whole()
+            return layout.pack(codec.encode(memories), memories.positions, memories.num_kept)
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[None]:
+        """Work that waits for the memories, and not for what the device was given after them."""
         if self.written is None:
-            return self._on_cpu()
+            yield
+            return
         stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(stream):
             stream.wait_event(self.written)
-            return self._on_cpu()
+            yield
+        stream.synchronize()  # the batches' room may be given away after this
 
-    def _on_cpu(self) -> ExplicitMemories:
-        return ExplicitMemories.concatenate([batch.cpu() for batch in self.batches])[self.order_N]
+    def _whole(self) -> ExplicitMemories:
+        """All of them in the order wanted, keys and values on the device."""
+        parts = [replace(batch, positions=batch.positions.cpu(), num_kept=batch.num_kept.cpu())
+                 for batch in self.batches]
+        return ExplicitMemories.concatenate(parts)[self.order_N]
 
 
 def _no_memories(config: Config) -> ExplicitMemories:
@@ -115,7 +143,7 @@ def _no_memories(config: Config) -> ExplicitMemories:
 def _encode_batch(
     loaded: LoadedModel, tokens_NT: Tensor, lengths_N: Tensor, configs: Sequence[Config]
 ) -> list[ExplicitMemories]:
-    plan = EncodePlan(configs, len(loaded.prefix_ids), lengths_N.to(next(loaded.model.parameters()).device))
+    plan = EncodePlan(configs, len(loaded.prefix_ids), lengths_N.to(loaded.device))
     run_encoding(loaded, tokens_NT, plan)
     return plan.memories()
 
@@ -123,9 +151,8 @@ def _encode_batch(
 @torch.no_grad()
 def run_encoding(loaded: LoadedModel, tokens_NT: Tensor, plan: "EncodePlan") -> None:
     """One pass; nothing above the queries, keys and values of the plan's last memory layer is computed."""
-    model, device = loaded.model, next(loaded.model.parameters()).device
-    prefix_P = torch.tensor(loaded.prefix_ids)
-    whole_NT = torch.cat([prefix_P.expand(len(tokens_NT), -1), tokens_NT], 1).to(device)
+    model, prefix_P = loaded.model, torch.tensor(loaded.prefix_ids)
+    whole_NT = torch.cat([prefix_P.expand(len(tokens_NT), -1), tokens_NT], 1).to(loaded.device)
     last = max(config.memory_layers[-1] for config in plan.configs)
     hidden_SBE = model.embedding(whole_NT, None)
     for layer in model.decoder.layers[:last]:

@@ -5,8 +5,8 @@ all tokens of a head have in common costs nothing; and bits go where a reader wo
 head, one of each layer, share their bytes: slot k of all of them is one code of n bytes a list.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -55,6 +55,11 @@ class JointCodec(Codec):
         return cls(name=f"KLT{code_bytes}", head_size=size, held_LG=held_LG, num_heads=held_LG.shape[1], code=code,
                    frequency=sensitivity.frequency)
 
+    def to(self, device: torch.device | str) -> Self:
+        """See :class:`Codec`."""
+        device = torch.device(device)
+        return replace(self, device=device, code=self.code.to(device))
+
     @property
     def token_bytes(self) -> int:
         """See :class:`Codec`."""
@@ -67,7 +72,7 @@ class JointCodec(Codec):
         codes_NCB = np.empty((N, C, K * self.token_bytes), np.uint8)
         for head in self.code.group_C.unique().tolist():
             lists_C = (self.code.group_C == head).numpy()
-            codes_NB = self.code.encode(head, vectors_CND[lists_C])
+            codes_NB = self.code.encode(head, vectors_CND[lists_C]).cpu().numpy()
             codes_NCB[:, lists_C] = codes_NB.reshape(N, lists_C.sum(), codes_NCB.shape[2])
         return codes_NCB
 
@@ -77,11 +82,12 @@ class JointCodec(Codec):
         """See :class:`Codec`."""
         N, C, K = positions_NCK.shape
         head_C = self.code.group_C[torch.isin(self.code.group_C, torch.arange(self.num_heads)[heads])]
-        kv_CNKXD = torch.empty(C, N, K, 2, self.head_size)
+        kv_CNKXD = torch.empty(C, N, K, 2, self.head_size, device=self.device)
         for head in head_C.unique().tolist():
             lists_C = (head_C == head).numpy()
             codes_NB = np.ascontiguousarray(codes_NCB[:, lists_C]).reshape(N * K, lists_C.sum() * self.token_bytes)
-            kv_CNKXD[lists_C] = self.code.decode(head, codes_NB).reshape(lists_C.sum(), N, K, 2, self.head_size)
+            decoded_CND = self.code.decode(head, torch.from_numpy(codes_NB).to(self.device))
+            kv_CNKXD[lists_C] = decoded_CND.reshape(lists_C.sum(), N, K, 2, self.head_size)
         return _turn(kv_CNKXD.permute(1, 0, 3, 2, 4), positions_NCK, self.frequency, 1).to(dtype)
 
     def empty_lists(self, codes_NCB: np.ndarray, valid_NK: np.ndarray) -> np.ndarray:
@@ -125,5 +131,6 @@ def _turn(kv_NCXKD: Tensor, positions_NCK: Tensor, frequency: Tensor, sign: int)
     """The lists with keys turned by their positions (sign 1) or back (-1)."""
     places = positions_NCK.long()
     angle = sign * torch.arange(int(places.max()) + 1 if places.numel() else 0)[:, None].double() * frequency
-    turned = rotate(kv_NCXKD[:, :, 0], (angle.cos().float()[places], angle.sin().float()[places]))
+    table = (angle.cos().float()[places].to(kv_NCXKD.device), angle.sin().float()[places].to(kv_NCXKD.device))
+    turned = rotate(kv_NCXKD[:, :, 0], table)
     return torch.stack([turned, kv_NCXKD[:, :, 1]], 2)

@@ -47,7 +47,7 @@ def measure_sensitivity(
     some = references[:: -(-len(references) // MOST_REFERENCES)]
     longest = max(map(len, some))
     tokens_NT = torch.tensor([[*map(int, one), *[0] * (longest - len(one))] for one in some])
-    lengths_N = torch.tensor([len(one) for one in some], device=next(loaded.model.parameters()).device)
+    lengths_N = torch.tensor([len(one) for one in some], device=loaded.device)
     plan = _QueryMoments(loaded.config, len(loaded.prefix_ids), lengths_N)
     run_encoding(loaded, tokens_NT, plan)
     return Sensitivity(

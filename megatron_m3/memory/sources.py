@@ -222,6 +222,7 @@ class WarmSource(MemorySource):
     ) -> None:
         super().__init__(bank, delivery, cache_bytes=cache_bytes, decoded_bytes=decoded_bytes)
         self.bank = bank
+        bank.decode_on(self.delivery.device)
 
 
 class ColdSource(MemorySource):

@@ -8,7 +8,7 @@ import itertools
 import json
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ from megatron_m3.manifest import check_input
 from megatron_m3.manifest.blocks import JOB
 from megatron_m3.memory.bank import MemoryBank
 from megatron_m3.memory.build import GROUP
-from megatron_m3.memory.encode import BATCH_TOKENS, encode_references
-from megatron_m3.memory.types import ExplicitMemories
+from megatron_m3.memory.encode import BATCH_TOKENS, start_encoding
 from megatron_m3.model.checkpoint import LoadedModel, ModelDescription
 from megatron_m3.platform.progress import Progress
 from megatron_m3.references import ReferenceStore
@@ -86,10 +85,12 @@ def verify_sample(
         ArtifactError: the bank was made from another model or other references, or a record is damaged.
     """
     check_origin(bank, loaded, references)
-    loaded, batch_tokens = replace(loaded, config=bank.configure(loaded.config)), built_batch_tokens(bank)
+    config, batch_tokens = bank.configure(loaded.config), built_batch_tokens(bank)
+    codec = bank.codec.to(loaded.device)
 
-    def encode(chosen: np.ndarray) -> ExplicitMemories:
-        return encode_references(loaded, *references.tokens(chosen), batch_tokens=batch_tokens)
+    def encode(chosen: np.ndarray) -> np.ndarray:
+        late = start_encoding(loaded, *references.tokens(chosen), [config], batch_tokens=batch_tokens)
+        return late[0].records(codec, bank.record)
 
     found = []
     with Progress("sample", len(ids), "references") as progress:
@@ -100,7 +101,7 @@ def verify_sample(
             groups = ((_group(bank, int(part[place])).tolist(), place) for place in doubtful)
             for group, pairs in itertools.groupby(groups, operator.itemgetter(0)):
                 rows = [place for _, place in pairs]
-                again = encode(np.array(group))[np.searchsorted(group, part[rows]).tolist()]
+                again = encode(np.array(group))[np.searchsorted(group, part[rows])]
                 for place, one in zip(rows, _compare(bank, part[rows], again), strict=True):
                     differences[place] = one
             found += differences
@@ -125,9 +126,8 @@ class _Difference:
         return self.lists > 0 and not _is_accepted(self.other_tokens, self.error, tolerance)
 
 
-def _compare(bank: MemoryBank, ids: np.ndarray, fresh: ExplicitMemories) -> list[_Difference]:
+def _compare(bank: MemoryBank, ids: np.ndarray, fresh_NB: np.ndarray) -> list[_Difference]:
     stored_NB = bank.records(ids)
-    fresh_NB = bank.record.pack(bank.codec.encode(fresh), fresh.positions, fresh.num_kept)
     rows = np.flatnonzero((stored_NB != fresh_NB).any(1))
     found = {int(ids[row]): one for row, one in zip(rows, _differences(bank, stored_NB[rows], fresh_NB[rows]),
                                                     strict=True)}

@@ -64,7 +64,7 @@ def write_blocks(job: "BankJob", crew: Crew, blocks: OpenBlocks, codec: Codec, s
     is_failed = True
     try:
         with Progress("bank", total, "references", enabled=crew.rank == 0 and total > 0) as progress:
-            shards = _Shards(blocks, codec, settings, progress)
+            shards = _Shards(blocks, codec.to(job.loaded.device), settings, progress)
             with Behind(shards.add, BEHIND) as behind, \
                     contextlib.closing(read_ahead(_groups(job.references, settings, blocks), AHEAD)) as groups:
                 for group in groups:
@@ -110,8 +110,7 @@ class _Shards:
     def add(self, item: tuple[Group, LateMemories]) -> None:
         """Code a group; write the shard when it is full."""
         (group, late), record = item, self.settings.record
-        memories, size = late.collect(), len(self.settings.block(group.block))
-        records = record.pack(self.codec.encode(memories), memories.positions, memories.num_kept)
+        records, size = late.records(self.codec, record), len(self.settings.block(group.block))
         if group.first == 0:
             self._shard = bytearray(size * record.record_bytes)
         self._open = group.first + len(records)

@@ -28,6 +28,7 @@ from megatron_m3.model.checkpoint_files import (
 from megatron_m3.model.weights_hash import sharded_state, weights_hash
 
 if TYPE_CHECKING:
+    import torch
     from megatron.core.models.gpt import GPTModel
 
     from megatron_m3.tokenizer import Tokenizer
@@ -56,6 +57,11 @@ class LoadedModel(ModelDescription):
 
     model: "GPTModel"
     """The weights of this process, in evaluation mode."""
+
+    @property
+    def device(self) -> "torch.device":
+        """Where the weights are."""
+        return next(self.model.parameters()).device
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:

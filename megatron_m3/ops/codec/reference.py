@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_m3.errors import ArtifactError, ConfigError
 from megatron_m3.ops.codec.product import ProductCode
 
+Vectors = np.ndarray | Tensor
 POINTS_PER_CENTROID = 39
 """FAISS's own floor for clustering."""
 
@@ -22,11 +23,14 @@ class VectorCodec(Protocol):
 
     code_bytes: int
 
-    def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Codes of vectors."""
+    def to(self, device: torch.device) -> "VectorCodec":
+        """The same codec with its tables on ``device``, where it then computes, as far as it can."""
+
+    def encode(self, vectors: Vectors) -> np.ndarray:
+        """Codes of vectors, on the device of the codec or another."""
 
     def decode_into(self, codes: np.ndarray, out: Tensor) -> None:
-        """Write the vectors of codes [..., code_bytes] to ``out`` [..., D], of any dtype and strides."""
+        """Write the vectors of codes [..., code_bytes] to ``out`` [..., D], of any dtype and strides, on its device."""
 
 
 class RawVectors:
@@ -36,10 +40,14 @@ class RawVectors:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         self.code_bytes = head_size * self.dtype.itemsize
 
-    def encode(self, vectors: np.ndarray) -> np.ndarray:
+    def to(self, device: torch.device) -> Self:
+        """The same: there are no tables."""
+        return self
+
+    def encode(self, vectors: Vectors) -> np.ndarray:
         """Codes of vectors; bf16 rounds to nearest."""
-        numbers = torch.from_numpy(np.ascontiguousarray(vectors)).to(self.dtype)
-        return numbers.flatten().view(torch.uint8).view(len(vectors), self.code_bytes).numpy()
+        numbers = torch.as_tensor(vectors).to(self.dtype).contiguous()
+        return numbers.view(torch.uint8).view(len(vectors), self.code_bytes).cpu().numpy()
 
     def decode_into(self, codes: np.ndarray, out: Tensor) -> None:
         """Write the numbers to ``out``."""
@@ -61,11 +69,15 @@ class Fp8Vectors:
         largest = float(np.abs(vectors).max(initial=0.0)) or 1.0
         return cls(vectors.shape[1], 2.0 ** math.ceil(math.log2(largest / torch.finfo(cls.dtype).max)))
 
-    def encode(self, vectors: np.ndarray) -> np.ndarray:
+    def to(self, device: torch.device) -> Self:
+        """The same: there are no tables."""
+        return self
+
+    def encode(self, vectors: Vectors) -> np.ndarray:
         """Codes of vectors, rounded to nearest."""
         most = torch.finfo(self.dtype).max
-        numbers = (torch.from_numpy(np.ascontiguousarray(vectors)) / self.scale).clamp_(-most, most)
-        return numbers.to(self.dtype).view(torch.uint8).numpy()
+        numbers = (torch.as_tensor(vectors) / self.scale).clamp_(-most, most)
+        return numbers.to(self.dtype).view(torch.uint8).contiguous().cpu().numpy()
 
     def decode_into(self, codes: np.ndarray, out: Tensor) -> None:
         """Write the numbers to ``out``."""
@@ -75,12 +87,17 @@ class Fp8Vectors:
 class FaissVectors:
     """A trained FAISS index used as a codec: the codes of ``sa_encode``, the vectors of ``sa_decode``.
 
-    Product codes are computed by :class:`ProductCode`, several times as fast; others by FAISS.
+    Product codes are computed by :class:`ProductCode`, several times as fast; others by FAISS, always on the CPU.
     """
 
-    def __init__(self, index: Any) -> None:
+    def __init__(self, index: Any, product: ProductCode | None = None) -> None:
+        """``product`` are the tables, if they are there already."""
         self.index, self.code_bytes = index, int(index.sa_code_size())
-        self.product = ProductCode.of(index)
+        self.product = product or ProductCode.of(index)
+
+    def to(self, device: torch.device) -> Self:
+        """The same codec with the tables of product codes on ``device``."""
+        return type(self)(self.index, self.product and self.product.to(device))
 
     @classmethod
     def train(cls, factory: str, vectors: np.ndarray) -> Self:
@@ -96,15 +113,17 @@ class FaissVectors:
             index.train(np.ascontiguousarray(vectors, np.float32))
         return cls(index)
 
-    def encode(self, vectors: np.ndarray) -> np.ndarray:
+    def encode(self, vectors: Vectors) -> np.ndarray:
         """Codes of vectors, which are finite."""
-        vectors = np.ascontiguousarray(vectors, np.float32)
-        return self.product.encode(torch.from_numpy(vectors)).numpy() if self.product else self.index.sa_encode(vectors)
+        numbers = torch.as_tensor(vectors).float().contiguous()
+        if self.product:
+            return self.product.encode(numbers.to(self.product.device)).cpu().numpy()
+        return self.index.sa_encode(numbers.cpu().numpy())
 
     def decode_into(self, codes: np.ndarray, out: Tensor) -> None:
         """Write the vectors that codes stand for to ``out``."""
-        if self.product:
-            self.product.decode(_tensor(codes), out)
+        if self.product and self.product.device == out.device:
+            self.product.decode(_tensor(codes).to(out.device), out)
         else:
             vectors = self.index.sa_decode(np.ascontiguousarray(codes).reshape(-1, self.code_bytes))
             out.copy_(torch.from_numpy(vectors).view(out.shape))

@@ -8,10 +8,9 @@ Letters: C classes (those of one group, where a group is named), N vectors of a 
 a code, T coordinates of a group that have bits, S states of the trellis.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ TABLE_INERTIA = 8
 """Coordinates that a table's old entry counts for when it is fitted."""
 FLOOR = 1e-6
 """Smallest eigenvalue, as a share of the largest of a class, that counts as one."""
-DECODED_TOGETHER = 64
+DECODED_TOGETHER = {"cpu": 64, "cuda": 512}
 """Vectors of a class in one product."""
 UNIT = 32
 """Whole numbers that a typical error of the most wrong coordinate spans where streams are compared."""
@@ -33,7 +32,7 @@ UNIT = 32
 
 @dataclass(frozen=True)
 class TransformCode:
-    """A trained code."""
+    """A trained code; what it computes with is on one device, groups and bits are on the CPU."""
 
     group_C: Tensor
     """int64: the group of each class."""
@@ -72,14 +71,19 @@ class TransformCode:
         code._fit_tables(vectors_CND)
         return code
 
-    def encode(self, group: int, vectors_CND: Tensor) -> np.ndarray:
+    def to(self, device: torch.device) -> Self:
+        """The same code on ``device``."""
+        names = ("mean_CD", "to_CDD", "from_CDD", "scale_CD", "tables")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def encode(self, group: int, vectors_CND: Tensor) -> Tensor:
         """Codes uint8 [N, B] of vectors of a group's classes, one of each class in a code."""
         tables_TS, bits = self._whole_tables(group), self._order(group)[1]
-        states = [trellis.search(self._numbers(group, part), tables_TS, bits)
-                  for part in vectors_CND.split(trellis.CHUNK, dim=1)]
-        return trellis.pack(torch.cat(states, 1), bits)
+        codes = [trellis.pack(trellis.search(self._numbers(group, part), tables_TS, bits), bits)
+                 for part in vectors_CND.split(trellis.CHUNK[vectors_CND.device.type], dim=1)]
+        return torch.cat(codes)
 
-    def decode(self, group: int, codes_NB: np.ndarray) -> Tensor:
+    def decode(self, group: int, codes_NB: Tensor) -> Tensor:
         """Vectors, float32 [C, N, D], that the codes of a group stand for."""
         chosen_C = self.group_C == group
         bits_CD = self.bits_CD[chosen_C]
@@ -89,9 +93,10 @@ class TransformCode:
         coordinates = trellis.look_up(codes_NB, ends, bits_CD.flatten().long(), self.tables)
         coordinates_CDN = coordinates.view(*bits_CD.shape, len(codes_NB))
         # products of one shape, filled up with 0, so that last bits do not depend on how many are decoded
-        padded = torch.nn.functional.pad(coordinates_CDN, (0, -len(codes_NB) % DECODED_TOGETHER))
+        together = DECODED_TOGETHER[codes_NB.device.type]
+        padded = torch.nn.functional.pad(coordinates_CDN, (0, -len(codes_NB) % together))
         from_CDD, mean_CD1 = self.from_CDD[chosen_C].transpose(1, 2), self.mean_CD[chosen_C][..., None]
-        parts = [torch.baddbmm(mean_CD1, from_CDD, part) for part in padded.split(DECODED_TOGETHER, 2)]
+        parts = [torch.baddbmm(mean_CD1, from_CDD, part) for part in padded.split(together, 2)]
         return torch.cat(parts, 2)[..., : len(codes_NB)].transpose(1, 2)
 
     def _order(self, group: int) -> tuple[Tensor, list[int]]:

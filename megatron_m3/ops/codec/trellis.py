@@ -10,7 +10,6 @@ the best scalar quantizer, at others a fifth (Marcellin and Fischer, 1990; the w
 Letters: T numbers of a sequence, N sequences, S states, B bytes of a code.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +20,8 @@ STATE_BITS = 9
 STATES = 1 << STATE_BITS
 STRIDE = 181
 """Odd; entries of a table that differ by 1 differ by this much in rank, so that all close states are far values."""
-CHUNK = 256
-"""Sequences searched together."""
+CHUNK = {"cpu": 256, "cuda": 4096}
+"""Sequences searched together: as many as caches hold, or as keep a device busy."""
 NORMAL_ERRORS = (1.0, 0.287, 0.0777, 0.0210, 0.00575, 0.00184, 0.000479, 0.000128, 0.0000356)
 """Mean squared error of normal numbers of variance 1, by bits, with trained tables."""
 
@@ -46,7 +45,8 @@ def search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
     """
     if not numbers_TN.numel():
         return torch.zeros(numbers_TN.shape, dtype=torch.int64, device=numbers_TN.device)
-    return torch.cat([_search(part.contiguous(), tables_TS, bits) for part in numbers_TN.split(CHUNK, dim=1)], 1)
+    parts = numbers_TN.split(CHUNK[numbers_TN.device.type], dim=1)
+    return torch.cat([_search(part.contiguous(), tables_TS, bits) for part in parts], 1)
 
 
 def _search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
@@ -76,19 +76,23 @@ def _trace(state_N: Tensor, numbers_TN: Tensor, tables_TS: Tensor, bits: list[in
     return torch.stack(states[::-1])
 
 
-def pack(states_TN: Tensor, bits: list[int]) -> np.ndarray:
+def pack(states_TN: Tensor, bits: list[int]) -> Tensor:
     """Codes uint8 [N, B] of sequences of states; ``bits`` fill whole bytes."""
-    low = states_TN.to(torch.uint8).cpu().numpy()
-    every_NTA = np.unpackbits(np.ascontiguousarray(low.T)[..., None], axis=-1)
-    kept_TA = np.arange(MAX_BITS) >= MAX_BITS - np.array(bits)[:, None]
-    return np.packbits(every_NTA[:, kept_TA], axis=-1)
+    place_J = [(number, shift) for number, count in enumerate(bits) for shift in reversed(range(count))]
+    number_J, shift_J = torch.tensor(place_J, device=states_TN.device).view(-1, 2).T
+    bits_JN = (states_TN.to(torch.uint8)[number_J] >> shift_J.to(torch.uint8)[:, None]) & 1
+    codes_BN = bits_JN.new_zeros(len(place_J) // 8, states_TN.shape[1])
+    for place in range(8):
+        codes_BN |= bits_JN[place::8] << (7 - place)
+    return codes_BN.T.contiguous()
 
 
-def look_up(codes_NB: np.ndarray, ends_T: Tensor, rows_T: Tensor, tables: Tensor) -> Tensor:
+def look_up(codes_NB: Tensor, ends_T: Tensor, rows_T: Tensor, tables: Tensor) -> Tensor:
     """Values float32 [T, N]: those of row ``rows_T`` of ``tables`` at the bits that end before bit ``ends_T``."""
-    padded = torch.zeros(codes_NB.shape[1] + 3, len(codes_NB), dtype=torch.int32)
-    padded[2:-1] = torch.from_numpy(np.ascontiguousarray(codes_NB.T))
-    pairs = (padded[:-1] << 8) | padded[1:]
-    start_T = ends_T + (16 - STATE_BITS)
-    state_TN = (pairs[start_T >> 3] >> (16 - STATE_BITS - (start_T & 7)).int()[:, None]) & (STATES - 1)
-    return tables.flatten()[state_TN + (STATES * rows_T).int()[:, None]]
+    device = codes_NB.device
+    padded = torch.zeros(codes_NB.shape[1] + 3, len(codes_NB), dtype=torch.int32, device=device)
+    padded[2:-1] = codes_NB.T
+    pairs, start_T = (padded[:-1] << 8) | padded[1:], ends_T + (16 - STATE_BITS)
+    word_T, right_T1 = (start_T >> 3).to(device), (16 - STATE_BITS - (start_T & 7)).int()[:, None].to(device)
+    state_TN = (pairs[word_T] >> right_T1) & (STATES - 1)
+    return tables.flatten()[state_TN + (STATES * rows_T).int()[:, None].to(device)]

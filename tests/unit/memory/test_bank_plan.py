@@ -135,12 +135,9 @@ def test_the_codecs_time_and_the_ram_are_in_the_plan(order, references):
     from megatron_m3.evaluation.bank_plan import plan_build
 
     plan = plan_build(order("codec_time", plan_tflops=1.0), [1.0, 1.0])
-    beside = plan_build(order("codec_time", plan_tflops=1.0), [1.0, 1.0], has_device=True)
     assert plan.vectors_per_second > 1000
     assert plan.coding_seconds == pytest.approx(plan.vectors / plan.vectors_per_second / 2)
     assert plan.seconds == pytest.approx(plan.training_seconds + plan.model_seconds + plan.coding_seconds)
-    assert beside.seconds == pytest.approx(
-        beside.training_seconds + max(beside.model_seconds, beside.coding_seconds))
     assert plan.training_seconds > 0
     assert plan.first_rank_bytes >= plan.rank_bytes > plan.model_bytes + plan.open_shard_bytes + 3 * plan.group_bytes
 

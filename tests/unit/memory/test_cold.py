@@ -38,7 +38,7 @@ def test_a_folder_of_written_records_becomes_the_bank(banks, loaded, references,
     def write(*unused):
         raise AssertionError("the next process writes nothing")
 
-    monkeypatch.setattr("megatron_m3.memory.cold.encode_references", write)
+    monkeypatch.setattr("megatron_m3.memory.cold.start_encoding", write)
     again = cold(loaded, references, bank, tmp_path)
     ids = np.array([5, 70, 399])
     assert np.array_equal(again.rows(ids), bank.records(ids))

@@ -146,3 +146,17 @@ def test_a_number_that_never_changes_costs_nothing(vectors):
     still[..., 0] = 3.0
     code = TransformCode.train(still, even(), APART, 6)
     assert (after(still, code)[..., 0] - 3.0).abs().max() < 0.05
+
+
+def test_on_a_device_streams_stay_there():
+    """With tensors that have a device and a shape, but no numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from megatron_m3.ops.codec import trellis
+
+    bits = [3, 2, 2, 1]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        numbers, tables = torch.empty(4, 10, device="cuda"), torch.empty(9, trellis.STATES, device="cuda")
+        codes = trellis.pack(trellis.search(numbers, tables[:4], bits), bits)
+        values = trellis.look_up(codes, torch.tensor(bits).cumsum(0), torch.tensor(bits), tables)
+    assert [(one.device.type, one.shape) for one in (codes, values)] == [("cuda", (10, 1)), ("cuda", (4, 10))]
