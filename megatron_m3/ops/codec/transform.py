@@ -80,7 +80,7 @@ class TransformCode:
         """Codes uint8 [N, B] of vectors of a group's classes, one of each class in a code."""
         tables_TS, bits = self._whole_tables(group), self._order(group)[1]
         codes = [trellis.pack(trellis.search(self._numbers(group, part), tables_TS, bits), bits)
-                 for part in vectors_CND.split(trellis.CHUNK[vectors_CND.device.type], dim=1)]
+                 for part in vectors_CND.split(trellis.CHUNK, dim=1)]
         return torch.cat(codes)
 
     def decode(self, group: int, codes_NB: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ STATE_BITS = 9
 STATES = 1 << STATE_BITS
 STRIDE = 181
 """Odd; entries of a table that differ by 1 differ by this much in rank, so that all close states are far values."""
-CHUNK = {"cpu": 256, "cuda": 4096}
-"""Sequences searched together: as many as caches hold, or as keep a device busy."""
+CHUNK = 4096
+"""Sequences searched together."""
 NORMAL_ERRORS = (1.0, 0.287, 0.0777, 0.0210, 0.00575, 0.00184, 0.000479, 0.000128, 0.0000356)
 """Mean squared error of normal numbers of variance 1, by bits, with trained tables."""
 
@@ -45,11 +45,15 @@ def search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
     """
     if not numbers_TN.numel():
         return torch.zeros(numbers_TN.shape, dtype=torch.int64, device=numbers_TN.device)
-    parts = numbers_TN.split(CHUNK[numbers_TN.device.type], dim=1)
-    return torch.cat([_search(part.contiguous(), tables_TS, bits) for part in parts], 1)
+    if numbers_TN.device.type == "cpu":
+        from megatron_m3.ops.codec import compiled_trellis
+
+        return compiled_trellis.search(numbers_TN, tables_TS, bits)
+    return torch.cat([search_plainly(part, tables_TS, bits) for part in numbers_TN.split(CHUNK, dim=1)], 1)
 
 
-def _search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
+def search_plainly(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
+    """:func:`search` in plain torch."""
     count = numbers_TN.shape[1]
     cost_SN = numbers_TN.new_full((STATES, count), torch.inf)
     cost_SN[0] = 0

@@ -148,6 +148,22 @@ def test_a_number_that_never_changes_costs_nothing(vectors):
     assert (after(still, code)[..., 0] - 3.0).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 64, 65, 200])
+def test_compiled_and_plain_search_find_the_same(count, threads):
+    from megatron_m3.ops.codec import trellis
+
+    generator, bits = torch.Generator().manual_seed(count), [8, 7, 6, 5, 4, 3, 2, 2, 1, 1, 1]
+    numbers = torch.randn(len(bits), count, generator=generator).mul(100).round()
+    tables = torch.randn(len(bits), trellis.STATES, generator=generator).mul(100).round()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(trellis.search(numbers, tables, bits), trellis.search_plainly(numbers, tables, bits))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_on_a_device_streams_stay_there():
     """With tensors that have a device and a shape, but no numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode
