@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 FIND_PYTHON = for name in python3.12 python3; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$name" && break; done
 export OMP_NUM_THREADS ?= 1
+# Files of tests that run at a time.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup slurm-packages test gpu-check lint demo bench
@@ -32,7 +34,8 @@ slurm-packages: ## Slurm and munge by apt, for the tests that need them, where r
 	else echo "Slurm is not installed, and only root with apt-get can do that here; its tests will be skipped"; fi
 
 test: setup ## run all tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m "not alone"
+	$(PYTHON) -m pytest -m alone
 
 gpu-check: setup ## on a machine with a CUDA card: the tests that need one, then times, added to tests/benchmarks/results.csv
 	$(PYTHON) -m pytest -m gpu tests/gpu

@@ -15,7 +15,7 @@ import pytest
 from megatron_m3.model.checkpoint import list_checkpoints
 from tests.slurm_cluster import slurm_cluster, wait_until, why_not
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 CHAIN = "slurm/chains/demo-small.yaml"
 STEPS = 16
