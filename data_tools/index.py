@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 5
 """Recall is measured on this many."""
+STAGES = "stages"
+"""Folder in the output while it is being made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +83,8 @@ class IndexBuild:
     def __init__(self, options: Options, factory: str, embeddings: Embeddings, job: dict[str, Any]) -> None:
         self.options, self.factory, self.embeddings = options, factory, embeddings
         self.output = IndexFolder(Path(options.output), job)
-        self.stages = self.output.folder / "stages"
-        self.trained = BlockFolder(self.stages / "train", job | {"stage": "train"})
-        self.encoded = BlockFolder(self.stages / "encode", job | {"stage": "encode"})
+        self.trained = BlockFolder(self.output.folder / STAGES / "train", job | {"stage": "train"})
+        self.encoded = BlockFolder(self.output.folder / STAGES / "encode", job | {"stage": "encode"})
         self.k = min(NEIGHBOURS + 1, embeddings.count)
         self._loaded: tuple[Any, np.ndarray] | None = None
 
@@ -190,7 +191,10 @@ def run(options: Options) -> None:
     settings["factory"] = options.factory or choose_factory(embeddings.count, embeddings.size)
 
     def is_made() -> bool:
-        return is_finished(output, KIND, SCHEMA, inputs, settings)
+        made = is_finished(output, KIND, SCHEMA, inputs, settings)
+        if made:  # whoever made it may have been killed before it cleared the stages
+            shutil.rmtree(output / STAGES, ignore_errors=True)
+        return made
 
     if is_made():
         print(f"{output}: made already")
@@ -224,7 +228,7 @@ def build(options: Options, settings: dict[str, Any], inputs: dict[str, str], em
     info = work.output.read_info(0)
     files = {FILE: work.output.entry(0)} | info.pop("files")
     write_manifest(output, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files=files, info=info))
-    shutil.rmtree(work.stages, ignore_errors=True)
+    shutil.rmtree(output / STAGES, ignore_errors=True)
     return info
 
 
