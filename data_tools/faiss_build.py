@@ -122,8 +122,9 @@ def encode(index: Any, vectors: np.ndarray) -> np.ndarray:
     import faiss
 
     lists = _lists(index)
-    quantizer = lists.quantizer
-    on_gpus = faiss.index_cpu_to_all_gpus(quantizer) if faiss.get_num_gpus() else quantizer
+    quantizer = on_gpus = lists.quantizer
+    if faiss.get_num_gpus() and isinstance(faiss.downcast_index(quantizer), faiss.IndexFlat):
+        on_gpus = faiss.index_cpu_to_all_gpus(quantizer)
     lists.quantizer = on_gpus
     try:
         with one_thread():
