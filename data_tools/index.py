@@ -1,24 +1,26 @@
 """m3 data index: a FAISS index over the references' vectors, with its embedder, so that one folder is all to retrieve.
 
-Few references are compared one by one (a flat index, exact). Many are put into inverted lists, of which a search
-reads as many as the wanted recall takes, measured against exact search on a sample.
+Few references are compared one by one (a flat index, exact). Many are put into inverted lists, and compressed where
+they would not fit in memory; a search reads as many lists as the wanted recall takes, measured against exact search on
+a sample. One process trains and puts together; any number encode: start the command as often as wanted, anywhere.
 """
 
-import itertools
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_tools.embeddings import Embeddings
+from data_tools.shared_work import Workers
 from megatron_m3.config import parse
-from megatron_m3.errors import ConfigError, exit_on_user_error
+from megatron_m3.errors import ArtifactError, ConfigError, exit_on_user_error
 from megatron_m3.manifest import (
+    BlockFolder,
     Manifest,
-    atomic_folder,
+    atomic_path,
     block_name,
-    check_files,
-    check_input,
     hash_file,
     is_finished,
     map_block,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 5
 """Recall is measured on this many."""
+STAGES = "stages"
+"""Folder in the output while it is being made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,144 +46,222 @@ class Options:
     embeddings: str
     """Folder of their embeddings, made by `m3 data embed`."""
     output: str
-    """Folder to write; it must not exist, or be empty."""
+    """Folder to write."""
     factory: str = ""
-    """FAISS factory string; empty is Flat for up to 200,000 references, IVF...,Flat for more."""
+    """FAISS factory string; empty is Flat for up to 200,000 references, IVF...,Flat for up to 16 GiB of vectors, and
+    OPQ...,IVF...,PQ64 for more."""
     recall: float = 0.95
-    """Indexes with inverted lists: read as many lists as this recall@5 takes."""
-    sample: int = 500_000
-    """Most vectors that the index is trained on."""
+    """Inverted lists and HNSW: search as widely as this recall@5 takes."""
+    sample: int = 0
+    """Most vectors that the index is trained on; 0 is 40 for each inverted list, and at least 100,000."""
     queries: int = 512
     """Vectors that recall is measured with."""
+    workers: int = 1
+    """Processes here, of one thread each; more jobs of the same command, on any machine, share the blocks too."""
 
     def __post_init__(self) -> None:
-        for name in ("sample", "queries"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, least in (("sample", 0), ("queries", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
         if not 0 < self.recall <= 1:
             raise ConfigError(f"recall={self.recall}: must be above 0, at most 1")
 
 
-class Embeddings:
-    """The vectors that ``m3 data embed`` wrote, memory-mapped."""
+class IndexFolder(BlockFolder):
+    """The output, whose one block is the index."""
 
-    def __init__(self, folder: Path, references_hash: str) -> None:
-        """Open an embeddings folder.
+    def name(self, index: int) -> str:
+        """Its file name."""
+        from megatron_m3.retrieval.index import FILE
 
-        Raises:
-            ArtifactError: not an embeddings folder, a damaged one, or one of other references.
-        """
-        from data_tools.embed import KIND, SCHEMA
+        return FILE
 
-        self.manifest = read_manifest(folder, KIND, SCHEMA)
-        check_files(folder, self.manifest)
-        check_input(folder, self.manifest, "references", references_hash)
-        self.folder, self.hash = folder, self.manifest.hash
-        self.size: int = self.manifest.info["size"]
-        self.count: int = self.manifest.info["references"]
 
-    def blocks(self) -> Iterator["np.ndarray"]:
-        """The vectors, float32 [N, size], block after block."""
-        for index in range(len(self.manifest.files)):
-            yield map_block(self.folder / block_name(index))["vectors"]
+class IndexBuild:
+    """The stages, which processes share; each method named after one writes its block of a number."""
 
-    def rows(self, ids: "np.ndarray") -> "np.ndarray":
-        """The vectors of ``ids`` [N], float32 [N, size]."""
+    def __init__(self, options: Options, factory: str, embeddings: Embeddings, job: dict[str, Any]) -> None:
+        self.options, self.factory, self.embeddings = options, factory, embeddings
+        self.output = IndexFolder(Path(options.output), job)
+        self.trained = BlockFolder(self.output.folder / STAGES / "train", job | {"stage": "train"})
+        self.encoded = BlockFolder(self.output.folder / STAGES / "encode", job | {"stage": "encode"})
+        self.k = min(NEIGHBOURS + 1, embeddings.count)
+        self._loaded: tuple[Any, np.ndarray] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_loaded": None}
+
+    def num_trained_on(self) -> int:
+        """Vectors in the sample."""
+        from data_tools.faiss_build import make_faiss, sample_size
+
+        needed = sample_size(make_faiss(self.factory, self.embeddings.size, self.embeddings.count))
+        return min(self.embeddings.count, self.options.sample or needed) if needed else 0
+
+    def train(self, index: int) -> None:
+        """The trained index, empty, and the queries that recall is measured with."""
+        import faiss
+
+        from data_tools.faiss_build import train_faiss
+
+        sample = self.embeddings.sample(max(1, self.num_trained_on()))
+        trained = faiss.serialize_index(train_faiss(self.factory, self.embeddings.size, sample))
+        self.trained.write(index, {"index": trained, "queries": self.embeddings.sample(self.options.queries)})
+
+    def load(self) -> tuple[Any, "np.ndarray"]:
+        """What :meth:`train` made, read once in a process: never to be filled."""
+        import faiss
         import numpy as np
 
-        vectors, first = np.empty((len(ids), self.size), np.float32), 0
-        for block in self.blocks():
-            here = (ids >= first) & (ids < first + len(block))
-            vectors[here] = block[ids[here] - first]
-            first += len(block)
-        return vectors
+        if self._loaded is None:
+            block = map_block(self.trained.folder / block_name(0))
+            self._loaded = faiss.deserialize_index(np.array(block["index"])), np.array(block["queries"])
+        return self._loaded
 
-    def zeros(self) -> "np.ndarray":
-        """Ids of the vectors that are 0, int64: of deleted references and of texts with nothing to go by."""
+    def encode(self, index: int) -> None:
+        """Codes of a block's vectors, its zero vectors, and the scores of those nearest to the queries."""
+        import faiss
         import numpy as np
 
-        starts = itertools.accumulate(map(len, self.blocks()), initial=0)
-        found = [first + np.flatnonzero(~block.any(axis=1))
-                 for first, block in zip(starts, self.blocks(), strict=False)]
-        return np.concatenate(found)
+        from data_tools.faiss_build import encode, gives_codes, one_thread
 
-    def sample(self, count: int) -> "np.ndarray":
-        """``count`` vectors evenly spaced over all, or all if there are fewer."""
+        (trained, queries), vectors = self.load(), np.array(self.embeddings.block(index))
+        with one_thread():
+            scores, _ = faiss.knn(queries, vectors, min(self.k, len(vectors)), faiss.METRIC_INNER_PRODUCT)
+        zeros = sum(self.embeddings.sizes[:index]) + np.flatnonzero(~vectors.any(axis=1))
+        arrays: dict[str, np.ndarray] = {"scores": scores, "zeros": zeros}
+        if gives_codes(trained):
+            arrays["codes"] = encode(trained, vectors)
+        self.encoded.write(index, arrays)
+
+    def parts(self, name: str) -> Iterator["np.ndarray"]:
+        """An array of every block that :meth:`encode` wrote."""
+        for index in range(len(self.embeddings.sizes)):
+            yield map_block(self.encoded.folder / block_name(index))[name]
+
+    def merge(self, index: int) -> None:
+        """The whole output but for its manifest: the index filled and tuned, by one thread."""
+        import faiss
         import numpy as np
 
-        return self.rows(np.linspace(0, self.count - 1, min(count, self.count)).astype(np.int64))
+        from data_tools.faiss_build import add_codes, gives_codes, one_thread, tune
+
+        (whole, queries), self._loaded = self.load(), None
+        info: dict[str, Any] = {}
+        with one_thread(), self.output.writing(index, info) as path:
+            if gives_codes(whole):
+                add_codes(whole, lambda: self.parts("codes"))
+            else:
+                for block in self.embeddings.blocks():
+                    whole.add(np.ascontiguousarray(block))
+            least = np.sort(np.concatenate(list(self.parts("scores")), axis=1), axis=1)[:, -self.k]
+            found = tune(whole, self.options.recall, lambda: recall(whole, self.embeddings, queries, least, self.k))
+            info |= {"vectors": self.embeddings.count, "size": self.embeddings.size, "queries": len(queries)} | found
+            info["files"] = self.write_others(np.concatenate(list(self.parts("zeros"))))
+            faiss.write_index(whole, str(path))
+
+    def write_others(self, zeros: "np.ndarray") -> dict[str, Any]:
+        """The embedder, and which references are never found; returns their entries of the manifest."""
+        import numpy as np
+
+        from megatron_m3.retrieval.embedder import copy_embedder
+        from megatron_m3.retrieval.index import EMBEDDER, NEVER_FOUND
+
+        folder = self.output.folder
+        shutil.rmtree(folder / EMBEDDER, ignore_errors=True)
+        copy_embedder(self.embeddings.folder / "embedder", folder / EMBEDDER)
+        paths = sorted((folder / EMBEDDER).iterdir())
+        if len(zeros):
+            with atomic_path(folder / NEVER_FOUND) as path, path.open("wb") as stream:
+                np.save(stream, zeros)
+            paths.append(folder / NEVER_FOUND)
+        return {str(path.relative_to(folder)): hash_file(path) for path in paths}
 
 
 def run(options: Options) -> None:
-    """Build the index, measure it and write it; nothing is done when it is there already, made from the same inputs."""
-    import numpy as np
-
+    """Do what is missing of the stages, then write the manifest; nothing is done when it is there already."""
+    from data_tools.faiss_build import choose_factory
     from megatron_m3.references import ReferenceStore
-    from megatron_m3.retrieval.embedder import copy_embedder
-    from megatron_m3.retrieval.index import EMBEDDER, FILE, KIND, NEVER_FOUND, SCHEMA, choose_factory
+    from megatron_m3.retrieval.index import KIND, SCHEMA
 
     output, references = Path(options.output), ReferenceStore.open(options.references)
     embeddings = Embeddings(Path(options.embeddings), references.hash)
     inputs = {"references": references.hash, "embeddings": embeddings.hash}
     settings = {name: value for name, value in asdict(options).items() if name in ("recall", "sample", "queries")}
-    settings["factory"] = options.factory or choose_factory(embeddings.count)
-    if is_finished(output, KIND, SCHEMA, inputs, settings):
+    settings["factory"] = options.factory or choose_factory(embeddings.count, embeddings.size)
+
+    def is_made() -> bool:
+        made = is_finished(output, KIND, SCHEMA, inputs, settings)
+        if made:  # whoever made it may have been killed before it cleared the stages
+            shutil.rmtree(output / STAGES, ignore_errors=True)
+        return made
+
+    if is_made():
         print(f"{output}: made already")
         return
-    why = "as asked" if options.factory else f"chosen for {embeddings.count:,} references"
-    print(f"index: {settings['factory']} ({why})", file=sys.stderr)
-    with atomic_folder(output) as folder:
-        info = build(options, settings["factory"], embeddings, folder / FILE)
-        if len(never := embeddings.zeros()):
-            np.save(folder / NEVER_FOUND, never)
-        copy_embedder(embeddings.folder / "embedder", folder / EMBEDDER)
-        files = {
-            str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
-        }
-        manifest = Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files=files, info=info)
-        write_manifest(folder, manifest)
+    announce(options, settings["factory"], embeddings)
+    try:
+        info = build(options, settings, inputs, embeddings)
+    except (ArtifactError, FileNotFoundError):
+        if not is_made():  # another job has ended the work and cleared the stages
+            raise
+        info = read_manifest(output, KIND, SCHEMA).info
+    report(options, settings["factory"], info)
     print(output)
 
 
-def build(options: Options, factory: str, embeddings: Embeddings, path: Path) -> dict[str, Any]:
-    """Train, fill, tune and write the FAISS index; return what is to be known of it."""
-    import faiss
+def build(options: Options, settings: dict[str, Any], inputs: dict[str, str], embeddings: Embeddings) -> dict[str, Any]:
+    """All stages, then the manifest, whose ``info`` is returned."""
+    from megatron_m3.retrieval.index import FILE, KIND, SCHEMA
 
-    from megatron_m3.platform.progress import Progress
-    from megatron_m3.retrieval.index import build_faiss
-
-    with Progress("indexing", embeddings.count, "vectors") as progress:
-
-        def counted() -> Iterator["np.ndarray"]:
-            for block in embeddings.blocks():
-                yield block
-                progress.advance(len(block))
-
-        index = build_faiss(factory, embeddings.size, embeddings.sample(options.sample), counted())
-    info = {"vectors": embeddings.count, "size": embeddings.size} | tune(index, options, embeddings)
-    faiss.write_index(index, str(path))
+    output = Path(options.output)
+    work = IndexBuild(options, settings["factory"], embeddings,
+                      {"kind": KIND, "schema": SCHEMA, "inputs": inputs, "settings": settings})
+    with Workers(options.workers) as workers:
+        try:
+            workers.run("index, training", work.trained, [work.num_trained_on()], "vectors", work.train)
+        except ConfigError:
+            shutil.rmtree(output, ignore_errors=True)
+            raise
+        workers.run("index, encoding", work.encoded, embeddings.sizes, "vectors", work.encode)
+        workers.run("index, merging", work.output, [embeddings.count], "vectors", work.merge)
+    info = work.output.read_info(0)
+    files = {FILE: work.output.entry(0)} | info.pop("files")
+    write_manifest(output, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files=files, info=info))
+    shutil.rmtree(output / STAGES, ignore_errors=True)
     return info
 
 
-def tune(index: Any, options: Options, embeddings: Embeddings) -> dict[str, Any]:
-    """Read as many inverted lists as the wanted recall takes; return the recall and what it took."""
-    import faiss
+def announce(options: Options, factory: str, embeddings: Embeddings) -> None:
+    """Say what is made, why, and the memory it will take.
 
-    from megatron_m3.retrieval.index import nearest_exactly
+    Raises:
+        ConfigError: FAISS cannot make it.
+    """
+    from data_tools.faiss_build import make_faiss, memory
 
-    queries, k = embeddings.sample(options.queries), min(NEIGHBOURS + 1, embeddings.count)
-    least = nearest_exactly(queries, embeddings.blocks(), k)[0][:, -1]
-    found = recall(index, embeddings, queries, least, k)
-    info: dict[str, Any] = {}
-    if (lists := faiss.try_extract_index_ivf(index)) is not None:
-        while found < options.recall and lists.nprobe < lists.nlist:
-            lists.nprobe = min(2 * lists.nprobe, lists.nlist)
-            found = recall(index, embeddings, queries, least, k)
-        info = {"lists": lists.nlist, "lists_read": lists.nprobe}
-        print(f"index: a search reads {lists.nprobe:,} of {lists.nlist:,} lists", file=sys.stderr)
-    measured = f"recall@{NEIGHBOURS} {found:.4f} against exact search"
-    print(f"index: {measured}, on {len(queries):,} references", file=sys.stderr)
-    return info | {"recall": found}
+    size = memory(make_faiss(factory, embeddings.size, embeddings.count), embeddings.count)
+    why = "as asked" if options.factory else f"chosen for {embeddings.count:,} references"
+    exact = ", every vector compared: exact" if factory == "Flat" else ""
+    print(f"index: {factory} ({why}{exact}), about {size / 1e9:.3g} GB on disk and in memory", file=sys.stderr)
+
+
+def report(options: Options, factory: str, info: dict[str, Any]) -> None:
+    """Say what recall was reached, by how wide a search, and what would reach what was wanted."""
+    from data_tools.faiss_build import make_faiss, memory, num_lists
+
+    if "lists" in info:
+        print(f"index: a search reads {info['lists_read']:,} of {info['lists']:,} lists", file=sys.stderr)
+    if "ef_search" in info:
+        print(f"index: a search keeps {info['ef_search']:,} candidates (efSearch)", file=sys.stderr)
+    print(f"index: recall@{NEIGHBOURS} {info['recall']:.4f} against exact search, on {info['queries']:,} references",
+          file=sys.stderr)
+    if info["recall"] < options.recall:
+        count, size = info["vectors"], info["size"]
+        others = [f"{one} ({memory(make_faiss(one, size, count), count) / 1e9:.3g} GB)"
+                  for kind in ("SQ8", "Flat") for one in [f"IVF{num_lists(count)},{kind}"]]
+        print(f"index: the recall of {options.recall} is out of reach of {factory}, however widely it searches; it "
+              f"takes a factory that keeps more of each vector: {others[0]} may, {others[1]} does", file=sys.stderr)
 
 
 def recall(index: Any, embeddings: Embeddings, queries: "np.ndarray", least: "np.ndarray", k: int) -> float:

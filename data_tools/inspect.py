@@ -116,23 +116,32 @@ def chunk_query(options: Options, retriever: "Retriever") -> Query:
 
 def find(query: Query, retriever: "Retriever", k: int) -> list[dict[str, Any]]:
     """The ``k`` neighbours, and what was dropped before the last of them, by falling score."""
+    vectors, fetch = retriever.embed([query.chunk]), min(len(retriever.index), 2 * k + 4)
+    rows: list[dict[str, Any]] = []
+    while True:
+        scores, ids, valid = (column[0] for column in retriever.index.search(vectors, fetch))
+        for score, id in list(zip(scores[valid], ids[valid], strict=True))[len(rows) :]:
+            rows.append(judge(query, retriever, int(id), float(score)))
+            if sum(not row["dropped"] for row in rows) == k:
+                return rows
+        if not valid.all() or fetch == len(retriever.index):
+            return rows
+        fetch = min(len(retriever.index), 4 * fetch)
+
+
+def judge(query: Query, retriever: "Retriever", id: int, score: float) -> dict[str, Any]:
+    """What is to be shown of a reference, and why it is dropped, if it is."""
     from megatron_m3.retrieval import exceeds_overlap, overlap
 
-    found = retriever.index.search(retriever.embed([query.chunk]), min(len(retriever.index), 8 * k + 32))
-    rows: list[dict[str, Any]] = []
-    for score, id in zip(found.scores[found.valid], found.ids[found.valid], strict=True):
-        tokens, lengths = retriever.references.tokens([id])
-        document, first = retriever.references.source(int(id))
-        leaks = exceeds_overlap(query.around, tokens, lengths, query.max_overlap)[0]
-        dropped = "same document" if document == query.document_id else "overlap" if leaks else ""
-        rows.append({
-            "reference": int(id), "score": round(float(score), 4), "dropped": dropped,
-            "overlap": round(overlap(query.around, tokens[0, : lengths[0]]), 4), "document": document,
-            "first_token": first, "text": retriever.references.text(int(id)),
-        })
-        if sum(not row["dropped"] for row in rows) == k:
-            break
-    return rows
+    tokens, lengths = retriever.references.tokens([id])
+    document, first = retriever.references.source(id)
+    leaks = exceeds_overlap(query.around, tokens, lengths, query.max_overlap)[0]
+    return {
+        "reference": id, "score": round(score, 4),
+        "dropped": "same document" if document == query.document_id else "overlap" if leaks else "",
+        "overlap": round(overlap(query.around, tokens[0, : lengths[0]]), 4), "document": document,
+        "first_token": first, "text": retriever.references.text(id),
+    }
 
 
 def render(query: Query, text: str, rows: list[dict[str, Any]]) -> str:
@@ -145,7 +154,10 @@ def render(query: Query, text: str, rows: list[dict[str, Any]]) -> str:
         source = f"document {row['document']} from token {row['first_token']}"
         parts.append(f"reference {row['reference']}  {figures}  {source}{note}")
         parts.append(textwrap.indent(row["text"], "    "))
-    return "\n".join(parts if rows else [*parts, "nothing found: no word of it is in any reference"])
+    reasons = [row["dropped"] for row in rows]
+    tally = (f"kept {reasons.count('')}, dropped {reasons.count('overlap')} by the filter and "
+             f"{reasons.count('same document')} of the same document")
+    return "\n".join([*parts, tally if rows else "nothing found: no word of it is in any reference"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

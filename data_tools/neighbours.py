@@ -1,8 +1,8 @@
 """m3 data neighbours: the references that each 64-token chunk of the corpus retrieves with its own text.
 
 Dropped are references that overlap with the document (eq. 6, the leakage filter) and pieces of the very document, by
-its id; the next nearest take their places. What is still missing is marked so. A killed job goes on from its last
-whole block.
+its id; the next nearest take their places. What is still missing is marked so. Start the same command as often as
+wanted, anywhere: the jobs share the blocks, and a killed one is not missed.
 """
 
 import json
@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import batched
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from data_tools.shared_work import Workers
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, Manifest, atomic_path, is_finished, write_manifest
@@ -52,6 +53,8 @@ class Options:
     """Tokens in a chunk; memory.chunk_length of the training to come."""
     documents_per_block: int = 512
     """Documents in a block file."""
+    workers: int = 1
+    """Processes here, of one thread each; more jobs of the same command, on any machine, share the blocks too."""
 
     def __post_init__(self) -> None:
         for name in ("neighbours", "chunk_length", "documents_per_block"):
@@ -130,7 +133,6 @@ def run(options: Options) -> None:
     """Write the blocks that are missing, then counts and manifest."""
     from data_tools.documents import show_counts
     from megatron_m3.data.neighbours import KIND, SCHEMA
-    from megatron_m3.platform.progress import Progress
 
     corpus, output = open_corpus(options), Path(options.output)
     tokens, retriever = corpus.tokens, corpus.retriever
@@ -142,15 +144,11 @@ def run(options: Options) -> None:
         print(f"{output}: made already")
         return
     folder = BlockFolder(output, {"kind": KIND, "schema": SCHEMA, "inputs": inputs, "settings": settings})
-    num_blocks = -(-len(tokens) // options.documents_per_block)
-    with Progress("neighbours", len(tokens), "documents") as progress:
-        for index in range(num_blocks):
-            first = index * options.documents_per_block
-            documents = range(first, min(len(tokens), first + options.documents_per_block))
-            if not folder.done(index):
-                arrays, counts = find_neighbours(corpus, documents, options.neighbours)
-                folder.write(index, arrays, counts)
-            progress.advance(len(documents))
+    size = options.documents_per_block
+    sizes = [min(size, len(tokens) - first) for first in range(0, len(tokens), size)]
+    with Workers(options.workers) as workers:
+        workers.run("neighbours", folder, sizes, "documents", Search(options, folder, corpus))
+    num_blocks = len(sizes)
     totals = {name: sum(info[name] for info in folder.info(num_blocks)) for name in COUNTS}
     with atomic_path(output / "counts.json") as path:
         path.write_text(json.dumps(totals, indent=1) + "\n")
@@ -159,6 +157,26 @@ def run(options: Options) -> None:
     write_manifest(output, manifest)
     show_counts("neighbours", totals)
     print(output)
+
+
+class Search:
+    """Writes blocks of neighbours; a process that gets it opens the corpus itself."""
+
+    def __init__(self, options: Options, folder: BlockFolder, corpus: Corpus | None) -> None:
+        self.options, self.folder, self.corpus = options, folder, corpus
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"corpus": None}
+
+    def __call__(self, index: int) -> None:
+        """Write the block ``index``, by one thread: with several the last bits of scores may differ."""
+        from data_tools.faiss_build import one_thread
+
+        self.corpus = self.corpus or open_corpus(self.options)
+        size = self.options.documents_per_block
+        documents = range(index * size, min(len(self.corpus.tokens), (index + 1) * size))
+        with one_thread():
+            self.folder.write(index, *find_neighbours(self.corpus, documents, self.options.neighbours))
 
 
 def find_neighbours(corpus: Corpus, documents: range, k: int) -> tuple[dict[str, "np.ndarray"], dict[str, int]]:

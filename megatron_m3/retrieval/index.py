@@ -1,12 +1,12 @@
 """The vector index: FAISS over the references' vectors, inner product, which is cosine as they have length 1."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from megatron_m3.errors import ArtifactError, ConfigError
+from megatron_m3.errors import ArtifactError
 from megatron_m3.manifest import Manifest, check_files, check_input, read_manifest
 from megatron_m3.retrieval.embedder import Embedder, load_embedder
 
@@ -14,8 +14,6 @@ KIND, SCHEMA = "index", 1
 FILE, EMBEDDER = "index.faiss", "embedder"
 NEVER_FOUND = "never_found.npy"
 """Ids whose vectors are 0, deleted references among them; there only where there are some."""
-FLAT_LIMIT = 200_000
-"""Most vectors that are searched one by one unless another index is asked for."""
 MISSING = np.iinfo(np.int64).min
 """Stands where ``valid`` is false; no reference has it, and indexing with it fails."""
 
@@ -114,7 +112,7 @@ def _is_among(ids: np.ndarray, ascending: np.ndarray) -> np.ndarray:
 
 
 def read_faiss(path: Path) -> Any:
-    """Read a FAISS index file.
+    """Open a FAISS index file, mapped where FAISS can: processes of a machine share its memory.
 
     Raises:
         ArtifactError: FAISS cannot read it.
@@ -122,47 +120,6 @@ def read_faiss(path: Path) -> Any:
     import faiss
 
     try:
-        return faiss.read_index(str(path))
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError:
         raise ArtifactError(f"{path}: not an index that FAISS can read; make the index again") from None
-
-
-def choose_factory(count: int) -> str:
-    """FAISS factory string for ``count`` vectors: flat when few, else inverted lists, about 4 * sqrt(count) of them."""
-    return "Flat" if count <= FLAT_LIMIT else f"IVF{2 ** round(np.log2(4 * count**0.5))},Flat"
-
-
-def build_faiss(factory: str, size: int, sample: np.ndarray, blocks: Iterable[np.ndarray]) -> Any:
-    """Train a FAISS index on ``sample`` and add the vectors of all ``blocks``, float32 [N, size] each.
-
-    Raises:
-        ConfigError: a factory string that FAISS refuses, or too few vectors to train it.
-    """
-    import faiss
-
-    try:
-        index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
-        if not index.is_trained:
-            index.train(sample)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0].rpartition("Error: ")[2]
-        raise ConfigError(
-            f"factory={factory}: FAISS refuses it for {len(sample)} vectors of {size} numbers ({reason}); try Flat"
-        ) from None
-    for block in blocks:
-        index.add(np.ascontiguousarray(block))
-    return index
-
-
-def nearest_exactly(queries: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and ids, [N, k] each, of the nearest vectors by comparing with every one, block after block."""
-    import faiss
-
-    heap = faiss.ResultHeap(len(queries), k, keep_max=True)
-    first = 0
-    for block in blocks:
-        scores, ids = faiss.knn(queries, np.ascontiguousarray(block), min(k, len(block)), faiss.METRIC_INNER_PRODUCT)
-        heap.add_result(scores, ids + first)
-        first += len(block)
-    heap.finalize()
-    return np.asarray(heap.D), np.asarray(heap.I)

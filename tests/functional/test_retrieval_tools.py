@@ -1,6 +1,7 @@
 """From references to neighbours by the tools: what they write, going on after a kill, and bad input."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from data_tools import embed, index, inspect, neighbours, references, tokenize, tokenizer
+from megatron_m3.config import parse
 from megatron_m3.data import NeighbourStore, TokenStore
 from megatron_m3.errors import M3Error
-from megatron_m3.manifest import map_block, read_manifest
+from megatron_m3.manifest import BlockFolder, map_block, read_manifest
 from megatron_m3.references import ReferenceStore
 from megatron_m3.retrieval import MISSING, Retriever, VectorIndex, overlap
 from megatron_m3.tokenizer import Tokenizer
@@ -143,6 +145,16 @@ def test_killed_jobs_go_on_to_the_same_bytes(made, tmp_path, monkeypatch):
         monkeypatch.setattr(tool, written, real)
 
 
+def test_blocks_of_neighbours_are_the_same_whoever_writes_them(made, tmp_path):
+    given = [*neighbour_arguments(made), "--output", str(tmp_path / "out")]
+    options = parse(neighbours.Options, given, "", "")
+    folder = BlockFolder(tmp_path / "out", json.loads((made / "neighbours" / "job.json").read_text())["job"])
+    for block in (3, 1):
+        pickle.loads(pickle.dumps(neighbours.Search(options, folder, None)))(block)
+    neighbours.main(given)
+    assert artifact_bytes(tmp_path / "out") == artifact_bytes(made / "neighbours")
+
+
 def test_made_again_the_index_has_the_same_bytes(made, tmp_path, capsys):
     arguments = ["--references", str(made / "references"), "--embeddings", str(made / "embeddings")]
     index.main([*arguments, "--output", str(tmp_path / "index")])
@@ -210,6 +222,11 @@ def test_inspect_shows_what_was_kept_and_dropped(made, capsys):
     rows = NeighbourStore.open(made / "neighbours").rows(4)
     assert [row["reference"] for row in shown["neighbours"] if not row["dropped"]] == rows.ids[1].tolist()
     assert {row["dropped"] for row in shown["neighbours"]} == {"", "same document", "overlap"}
+    inspect.main([*base, *chunk, "--neighbours", "1", "--max-overlap", "0"])
+    text = capsys.readouterr().out
+    dropped = text.count("DROPPED: overlap"), text.count("DROPPED: same document")
+    assert text.splitlines()[-1] == f"kept 0, dropped {dropped[0]} by the filter and {dropped[1]} of the same document"
+    assert sum(dropped) == len(ReferenceStore.open(made / "references"))  # all have a word in common with it
     inspect.main([*base, "--text", "The keeper of topic03 in the year", "--neighbours", "2"])
     text = capsys.readouterr().out
     assert text.count("\nreference ") == 2

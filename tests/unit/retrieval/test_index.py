@@ -4,16 +4,13 @@ import faiss
 import numpy as np
 import pytest
 
+from data_tools.faiss_build import train_faiss
 from megatron_m3.errors import ArtifactError, ConfigError
 from megatron_m3.manifest import Manifest, hash_file, write_manifest
 from megatron_m3.retrieval.index import (
     FILE,
-    FLAT_LIMIT,
     MISSING,
     VectorIndex,
-    build_faiss,
-    choose_factory,
-    nearest_exactly,
 )
 
 
@@ -24,7 +21,9 @@ def unit_vectors(count: int, size: int = 16, seed: int = 0) -> np.ndarray:
 
 def make_index(vectors: np.ndarray, factory: str = "Flat") -> VectorIndex:
     manifest = Manifest(kind="index", schema=1, inputs={}, settings={}, files={})
-    return VectorIndex(None, manifest, build_faiss(factory, vectors.shape[1], vectors, [vectors]))
+    made = train_faiss(factory, vectors.shape[1], vectors)
+    made.add(vectors)
+    return VectorIndex(None, manifest, made)
 
 
 def test_search_is_exact_and_in_order():
@@ -66,19 +65,6 @@ def test_filtered_search_for_more_than_there_are():
     found = make_index(unit_vectors(3)).search_filtered(unit_vectors(1), 5, lambda row, ids: ids == 1)
     assert sorted(found.ids[0, :2].tolist()) == [0, 2]
     assert found.valid[0].tolist() == [True, True, False, False, False]
-
-
-def test_exact_search_over_blocks():
-    vectors, queries = unit_vectors(500), unit_vectors(20, seed=1)
-    scores, ids = nearest_exactly(queries, np.split(vectors, [3, 250, 490]), 5)
-    likeness = queries @ vectors.T
-    assert (ids == np.argsort(-likeness, axis=1)[:, :5]).all()
-    np.testing.assert_allclose(scores, -np.sort(-likeness, axis=1)[:, :5], rtol=1e-5)
-
-
-def test_factory_by_count():
-    assert choose_factory(1) == choose_factory(FLAT_LIMIT) == "Flat"
-    assert choose_factory(1_000_000) == "IVF4096,Flat"
 
 
 @pytest.mark.parametrize("factory", ["Nonsense", "IVF4096,Flat", "PQ7"])
