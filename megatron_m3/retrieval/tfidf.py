@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_m3.errors import DataError
 from megatron_m3.manifest import Manifest, atomic_folder, hash_file, write_manifest
-from megatron_m3.retrieval.embedder import KIND, SCHEMA, normalise
+from megatron_m3.retrieval.embedder import KIND, SCHEMA, Role, normalise
 
 FILE = "words.npy"
 RARITY = 1.5
@@ -39,8 +39,11 @@ class TfidfEmbedder:
         self.unseen: float = manifest.settings["unseen"]
         """Weight of a word that was not counted."""
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors of ``texts``, float32 [N, size], of length 1, or 0 for a text without words that references have."""
+    def embed(self, texts: Sequence[str], role: Role = "document") -> np.ndarray:
+        """Vectors of ``texts``, float32 [N, size], of length 1, or 0 for a text without words that references have.
+
+        A text that asks is taken as a reference is.
+        """
         parts = [self._embed_batch(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
         return np.concatenate(parts) if parts else np.zeros((0, self.size), np.float32)
 
@@ -55,10 +58,19 @@ class TfidfEmbedder:
         return normalise(vectors.reshape(len(texts), self.size))
 
 
+class Hashes(dict[str, int]):
+    """CRC-32 of words, each computed once."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = found = zlib.crc32(word.encode())
+        return found
+
+
 def count_words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Text number, hash and count of each different word of each text; three int64 arrays, in order of text."""
     found = [WORD.findall(text.casefold()) for text in texts]
-    hashes = np.array([zlib.crc32(word.encode()) for words in found for word in words], np.int64)
+    hash_of = Hashes()
+    hashes = np.fromiter((hash_of[word] for words in found for word in words), np.int64)
     keys = (np.repeat(np.arange(len(texts)), [len(words) for words in found]) << 32) | hashes
     keys, counts = np.unique(keys, return_counts=True)
     return keys >> 32, keys & 0xFFFFFFFF, counts
