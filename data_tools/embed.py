@@ -84,7 +84,10 @@ def run(options: Options) -> None:
     from megatron_m3.references import ReferenceStore
     from megatron_m3.retrieval import embedder as kinds
 
-    check_devices(options)
+    if options.embedder == "transformer" and options.workers > 1:
+        from megatron_m3.platform import count_gpus
+
+        check_workers(options.workers, count_gpus())
     output, references = Path(options.output), ReferenceStore.open(options.references)
     work = Work(output, options, {"kind": KIND, "schema": SCHEMA, "references": references.hash,
                                   "settings": options.settings})
@@ -108,20 +111,15 @@ def run(options: Options) -> None:
     print(output)
 
 
-def check_devices(options: Options) -> None:
+def check_workers(workers: int, gpus: int) -> None:
     """Refuse workers of a transformer that would share a GPU.
 
     Raises:
         ConfigError: there are GPUs, but fewer than workers.
     """
-    if options.embedder == "tfidf" or options.workers == 1:
-        return
-    from megatron_m3.platform import count_gpus
-
-    gpus = count_gpus()
-    if 0 < gpus < options.workers:
-        raise ConfigError(f"workers={options.workers}: each takes a GPU of its own, and {gpus} can be seen here; give "
-                          f"at most {gpus}, or make CUDA_VISIBLE_DEVICES empty to compute on the CPU")
+    if 0 < gpus < workers:
+        raise ConfigError(f"workers={workers}: each takes a GPU of its own, and {gpus} can be seen here; give at most "
+                          f"{gpus}, or make CUDA_VISIBLE_DEVICES empty to compute on the CPU")
 
 
 class Work:
@@ -167,9 +165,9 @@ def make_embedder(work: Work, references: "ReferenceStore") -> None:
                 raise
 
     try:
-        if next(share(work, 1, make)) < 0:
-            print("embedder: another job makes it; waiting", file=sys.stderr)
-            list(share(work, 1, make))
+        for looks, index in enumerate(share(work, 1, make)):
+            if (looks, index) == (0, -1):
+                print("embedder: another job makes it; waiting", file=sys.stderr)
     except M3Error:
         if not (work.folder / CLAIMS).exists():  # others that wait will find it cannot be made, and the last clears up
             shutil.rmtree(work.folder, ignore_errors=True)
