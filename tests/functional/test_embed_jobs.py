@@ -13,6 +13,7 @@ import pytest
 from data_tools import embed, references
 from megatron_m3.errors import ConfigError
 from megatron_m3.manifest import block_name, map_block
+from megatron_m3.manifest.claims import CLAIMS, Claims
 from megatron_m3.references import ReferenceStore
 from megatron_m3.tokenizer import train_tokenizer
 
@@ -50,7 +51,12 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_jobs_that_share_make_one_embedder_and_the_same_bytes(made, tmp_path):
-    jobs = [start(made, tmp_path / "out", *more) for more in (("--workers", "2"), ())]
+    with Claims(tmp_path / "out" / CLAIMS) as claims:
+        claims.take("0")
+        jobs = [start(made, tmp_path / "out", *more) for more in (("--workers", "2"), ())]
+        for job in jobs:
+            assert job.stderr.readline() == "embedder: another job makes it; waiting\n"
+        assert not (tmp_path / "out" / "embedder").exists()
     said = [job.communicate(timeout=300)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
     assert sum("counting words: 100%" in text for text in said) == 1
