@@ -23,6 +23,8 @@ RARITY = 1.5
 NUM_PLACES = 8
 """Numbers of the vector that one word adds to."""
 BATCH = 4096
+ROWS = 32
+"""Vectors that are summed at a time: as many as a core's cache holds."""
 CHINESE_JAPANESE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{CHINESE_JAPANESE}]|[^\W_{CHINESE_JAPANESE}]+")
 """A run of letters and digits, or one character of a script that does not part words."""
@@ -53,9 +55,13 @@ class TfidfEmbedder:
         rarity = np.where(self.words[place] == words, self.weights[place], self.unseen)
         weights = (1 + np.log(counts)) * rarity
         places, signs = _places(words, self.size)
-        cells = (rows[:, None] * self.size + places).ravel()
-        vectors = np.bincount(cells, (weights[:, None] * signs).ravel(), minlength=len(texts) * self.size)
-        return normalise(vectors.reshape(len(texts), self.size))
+        vectors = np.empty((len(texts), self.size), np.float32)
+        for first in range(0, len(texts), ROWS):
+            part, part_of = vectors[first : first + ROWS], slice(*np.searchsorted(rows, (first, first + ROWS)))
+            cells = (rows[part_of, None] - first) * self.size + places[part_of]
+            sums = np.bincount(cells.ravel(), (weights[part_of, None] * signs[part_of]).ravel(), minlength=part.size)
+            part[:] = normalise(sums.reshape(part.shape))
+        return vectors
 
 
 class Hashes(dict[str, int]):

@@ -31,7 +31,7 @@ from megatron_m3.retrieval.tfidf import TfidfEmbedder
 from megatron_m3.tokenizer import Tokenizer, extend_tokenizer, train_tokenizer
 
 SAMPLE = 2000
-NEURAL = 256
+NEURAL = 128
 """References for a neural embedder."""
 ENTRIES = 25
 """Entries in a document: some 300 words."""
