@@ -9,7 +9,8 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 from megatron_m3.errors import ConfigError, M3Error
 from megatron_m3.manifest import BlockFolder
@@ -21,7 +22,17 @@ type Do = Callable[[int], None]
 """Writes one block."""
 
 
-def share(folder: BlockFolder, num_blocks: int, do: Do, stopped: Callable[[], bool] = lambda: False) -> Iterator[int]:
+class Pieces(Protocol):
+    """What is shared: numbered pieces of work, of which a folder shows which are done."""
+
+    folder: Path
+
+    def done(self, index: int) -> bool:
+        """Whether piece ``index`` is done."""
+        ...
+
+
+def share(folder: Pieces, num_blocks: int, do: Do, stopped: Callable[[], bool] = lambda: False) -> Iterator[int]:
     """Do blocks until all are there, whoever wrote them; gives each block once, and -1 while it waits for others."""
     with Claims(folder.folder / CLAIMS) as claims:
         start = zlib.crc32(claims.owner.encode()) % max(1, num_blocks)
@@ -40,7 +51,7 @@ def share(folder: BlockFolder, num_blocks: int, do: Do, stopped: Callable[[], bo
                 time.sleep(POLL_SECONDS)
 
 
-def _do(folder: BlockFolder, claims: Claims, index: int, do: Do) -> bool:
+def _do(folder: Pieces, claims: Claims, index: int, do: Do) -> bool:
     """Write a block, unless it is there since we looked; false where another process has it."""
     if not claims.take(str(index)):
         return False
@@ -67,7 +78,8 @@ class Workers:
         if self.count > 1:
             context = multiprocessing.get_context("spawn")
             self.stop = context.Event()
-            self.pool = ProcessPoolExecutor(self.count, context, _begin, (self.stop,))
+            begin = (self.stop, context.Value("i", 0))
+            self.pool = ProcessPoolExecutor(self.count, context, _begin, begin)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -116,11 +128,20 @@ class Workers:
 
 
 _stop: Any = None
+_number: int | None = None
 
 
-def _begin(stop: Any) -> None:
-    global _stop
+def worker_number() -> int | None:
+    """Which of the processes of :class:`Workers` this is, from 0; None for the job's own."""
+    return _number
+
+
+def _begin(stop: Any, begun: Any) -> None:
+    global _stop, _number
     _stop = stop
+    with begun.get_lock():
+        _number = begun.value
+        begun.value += 1
 
 
 def _work(folder: BlockFolder, num_blocks: int, do: Do) -> None:

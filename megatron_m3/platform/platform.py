@@ -64,6 +64,11 @@ def select() -> Platform:
     return Platform(device=torch.device("cpu"), backend="gloo")
 
 
+def count_gpus() -> int:
+    """GPUs that this process may use; 0 where it computes on the CPU. Touches none of them."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

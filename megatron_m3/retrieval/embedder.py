@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from megatron_m3.errors import ArtifactError
 from megatron_m3.manifest import Manifest, check_files, read_manifest, write_manifest
 
 KIND, SCHEMA = "embedder", 1
+type Role = Literal["query", "document"]
+"""What a text is: one that asks, or a reference that is asked for; some models put other words before each."""
 
 
 class Embedder(Protocol):
@@ -21,7 +23,7 @@ class Embedder(Protocol):
     hash: str
     """Hash of its manifest."""
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
+    def embed(self, texts: Sequence[str], role: Role = "document") -> np.ndarray:
         """Vectors of ``texts``, float32 [N, size], each of length 1; of length 0 if the text has nothing to go by."""
         ...
 
@@ -40,7 +42,7 @@ def load_embedder(folder: str | Path) -> Embedder:
         from megatron_m3.retrieval.tfidf import TfidfEmbedder
 
         return TfidfEmbedder(folder, manifest)
-    if kind == "transformer":
+    if kind == "sentence_transformer":
         from megatron_m3.retrieval.transformer import TransformerEmbedder
 
         return TransformerEmbedder(manifest)

@@ -45,7 +45,7 @@ class Retriever:
 
     def embed(self, chunks: Sequence[Sequence[int]]) -> np.ndarray:
         """Vectors of the chunks' texts, float32 [N, size]."""
-        return self.embedder.embed([self.tokenizer.decode(chunk) for chunk in chunks])
+        return self.embedder.embed([self.tokenizer.decode(chunk) for chunk in chunks], "query")
 
     def retrieve(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_m3.errors import DataError
 from megatron_m3.manifest import Manifest, atomic_folder, hash_file, write_manifest
-from megatron_m3.retrieval.embedder import KIND, SCHEMA, normalise
+from megatron_m3.retrieval.embedder import KIND, SCHEMA, Role, normalise
 
 FILE = "words.npy"
 RARITY = 1.5
@@ -23,6 +23,8 @@ RARITY = 1.5
 NUM_PLACES = 8
 """Numbers of the vector that one word adds to."""
 BATCH = 4096
+ROWS = 32
+"""Vectors that are summed at a time: as many as a core's cache holds."""
 CHINESE_JAPANESE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{CHINESE_JAPANESE}]|[^\W_{CHINESE_JAPANESE}]+")
 """A run of letters and digits, or one character of a script that does not part words."""
@@ -39,8 +41,11 @@ class TfidfEmbedder:
         self.unseen: float = manifest.settings["unseen"]
         """Weight of a word that was not counted."""
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors of ``texts``, float32 [N, size], of length 1, or 0 for a text without words that references have."""
+    def embed(self, texts: Sequence[str], role: Role = "document") -> np.ndarray:
+        """Vectors of ``texts``, float32 [N, size], of length 1, or 0 for a text without words that references have.
+
+        A text that asks is taken as a reference is.
+        """
         parts = [self._embed_batch(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
         return np.concatenate(parts) if parts else np.zeros((0, self.size), np.float32)
 
@@ -50,15 +55,28 @@ class TfidfEmbedder:
         rarity = np.where(self.words[place] == words, self.weights[place], self.unseen)
         weights = (1 + np.log(counts)) * rarity
         places, signs = _places(words, self.size)
-        cells = (rows[:, None] * self.size + places).ravel()
-        vectors = np.bincount(cells, (weights[:, None] * signs).ravel(), minlength=len(texts) * self.size)
-        return normalise(vectors.reshape(len(texts), self.size))
+        vectors = np.empty((len(texts), self.size), np.float32)
+        for first in range(0, len(texts), ROWS):
+            part, part_of = vectors[first : first + ROWS], slice(*np.searchsorted(rows, (first, first + ROWS)))
+            cells = (rows[part_of, None] - first) * self.size + places[part_of]
+            sums = np.bincount(cells.ravel(), (weights[part_of, None] * signs[part_of]).ravel(), minlength=part.size)
+            part[:] = normalise(sums.reshape(part.shape))
+        return vectors
+
+
+class Hashes(dict[str, int]):
+    """CRC-32 of words, each computed once."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = found = zlib.crc32(word.encode())
+        return found
 
 
 def count_words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Text number, hash and count of each different word of each text; three int64 arrays, in order of text."""
     found = [WORD.findall(text.casefold()) for text in texts]
-    hashes = np.array([zlib.crc32(word.encode()) for words in found for word in words], np.int64)
+    hash_of = Hashes()
+    hashes = np.fromiter((hash_of[word] for words in found for word in words), np.int64)
     keys = (np.repeat(np.arange(len(texts)), [len(words) for words in found]) << 32) | hashes
     keys, counts = np.unique(keys, return_counts=True)
     return keys >> 32, keys & 0xFFFFFFFF, counts

