@@ -99,12 +99,11 @@ class Corpus:
         around = self.read(document, chunk, REACH)
         return Verdict(same, exceeds_overlap(around, *references.tokens(ids), self.max_overlap))
 
-    def overlaps(self, document: int, chunk: int, ids: "np.ndarray") -> list[float]:
-        """Overlap of the references ``ids`` [M] with the text around a chunk."""
-        from megatron_m3.retrieval import overlap
+    def overlaps(self, document: int, chunk: int, ids: "np.ndarray") -> "np.ndarray":
+        """Overlap of the references ``ids`` [M] with the text around a chunk, float64 [M]."""
+        from megatron_m3.retrieval import overlaps
 
-        around, (rows, lengths) = self.read(document, chunk, REACH), self.retriever.references.tokens(ids)
-        return [overlap(around, row[:length]) for row, length in zip(rows, lengths, strict=True)]
+        return overlaps(self.read(document, chunk, REACH), *self.retriever.references.tokens(ids))
 
 
 def open_corpus(options: Options) -> Corpus:

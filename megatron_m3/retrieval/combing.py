@@ -29,31 +29,36 @@ NO_COLUMN, NO_ROW, FIRST_CODE = 0, 1, 2
 """Codes of columns beyond the text and of rows without an equal in it; tokens that both have begin with the third."""
 
 
-def count_matches(tokens: np.ndarray, references: np.ndarray, lengths: np.ndarray, at_least: np.ndarray) -> np.ndarray:
-    """Matches of eq. 6 of each reference with one text.
+def count_matches(
+    tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, references: np.ndarray, lengths: np.ndarray,
+    limit: float,
+) -> np.ndarray:
+    """Matches of eq. 6 of each reference with its text. Other Python threads run meanwhile.
 
     Args:
-        tokens: text, int64 [T].
+        tokens: texts one after the other, int64 [T].
+        begins: where the text of each reference begins, int64 [N]; quickest where those of one text stand together.
+        ends: where it ends, int64 [N].
         references: int64 [N, L], each row filled up with anything.
         lengths: tokens in each reference, int64 [N].
-        at_least: numbers of matches below these need not be told apart, int64 [N].
+        limit: shares of a reference that are not larger need not be told apart.
 
     Returns:
-        int64 [N]: exact where not below ``at_least``, otherwise some number below it.
+        int64 [N]: exact where they are a larger share of the reference than ``limit``, else some number that is not.
     """
     rows = -(-references.shape[1] // LANES) * LANES
     piece = max(LEAST_PIECE, 4 * rows)
     wide = rows + piece + 1 > np.iinfo(np.uint16).max
     result = np.zeros(len(references), np.int64)
     scratch = _aligned(5 * rows + 2 * piece, np.dtype(np.uint32 if wide else np.uint16))
-    _kernel(wide)(tokens, references, lengths, at_least, scratch, piece, result)
+    _kernel(wide)(tokens, begins, ends, references, lengths, limit, scratch, piece, result)
     return result
 
 
 def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
     """Zeros that begin with a cache line, without which vectors take half as long again."""
     raw = np.zeros(size * dtype.itemsize + 64, np.uint8)
-    first = -raw.ctypes.data % 64
+    first = -raw.__array_interface__["data"][0] % 64
     return raw[first : first + size * dtype.itemsize].view(dtype)
 
 
@@ -63,23 +68,35 @@ def _kernel(wide: bool) -> Callable[..., None]:
 
     Only the latter is kept on disk: numba's cache may mix up two signatures that are written at the same time.
     """
-    def read_only(dimensions: int) -> types.Array:
-        return types.Array(types.int64, dimensions, "C", readonly=True)
-
+    line, rows = (types.Array(types.int64, dimensions, "C", readonly=True) for dimensions in (1, 2))
     word = types.uint32 if wide else types.uint16
-    signature = types.void(read_only(1), read_only(2), read_only(1), read_only(1), word[::1], types.int64,
-                           types.int64[::1])
+    signature = types.void(line, line, line, rows, line, types.float64, word[::1], types.int64, types.int64[::1])
     if not wide:
         try:
             return njit(signature, nogil=True, cache=True)(_count_matches)
-        except Exception:  # no folder for the cache, a full disk, a damaged file: compiling does not need it
+        except Exception:  # no folder for the cache, a full disk, a damaged file: compiling needs none of them
             pass
     return njit(signature, nogil=True)(_count_matches)
 
 
 def _count_matches(
-    tokens: np.ndarray, references: np.ndarray, lengths: np.ndarray, at_least: np.ndarray, scratch: np.ndarray,
-    piece: int, result: np.ndarray,
+    tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, references: np.ndarray, lengths: np.ndarray,
+    limit: float, scratch: np.ndarray, piece: int, result: np.ndarray,
+) -> None:
+    first = 0
+    while first < begins.size:
+        last = first + 1
+        while last < begins.size and begins[last] == begins[first] and ends[last] == ends[first]:
+            last += 1
+        _compare_with_text(tokens[begins[first] : ends[first]], references[first:last], lengths[first:last],
+                           limit, scratch, piece, result[first:last])
+        first = last
+
+
+@njit
+def _compare_with_text(
+    tokens: np.ndarray, references: np.ndarray, lengths: np.ndarray, limit: float, scratch: np.ndarray, piece: int,
+    result: np.ndarray,
 ) -> None:
     table, places = _index(tokens)
     frequency, room = np.zeros(tokens.size, np.int32), np.zeros(tokens.size, np.int32)
@@ -87,18 +104,19 @@ def _count_matches(
         frequency[place] += 1
     codes = np.zeros(tokens.size, scratch.dtype)
     positions, columns = np.empty(tokens.size + 1, np.int32), np.empty(tokens.size + 1, scratch.dtype)
-    rows = (scratch.size - 2 * piece) // 5
+    row_room = (scratch.size - 2 * piece) // 5
     for number in range(len(references)):
         reference = references[number, : lengths[number]]
-        shared = _mark(reference, tokens, table, frequency, room, codes, scratch[:rows])
-        if shared >= max(1, at_least[number]):
+        shared = _mark(reference, tokens, table, frequency, room, codes, scratch[:row_room])
+        if reference.size and shared / reference.size > limit:
             count = 0
             for position in range(tokens.size):
-                positions[count], columns[count] = position, codes[places[position]]
-                count += codes[places[position]] >= FIRST_CODE
-            rows_used = -(-reference.size // LANES) * LANES
+                code = codes[places[position]]
+                positions[count], columns[count] = position, code
+                count += code >= FIRST_CODE
+            rows = -(-reference.size // LANES) * LANES
             span = 2 * reference.size
-            result[number] = _longest(scratch, rows, rows_used, positions[:count], columns[:count], span, piece)
+            result[number] = _longest(scratch, row_room, rows, positions[:count], columns[:count], span, piece)
         for token in reference:
             place = _find(token, tokens, table)
             if place >= 0:
@@ -114,11 +132,12 @@ def _index(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     table, places = np.full(size, -1, np.int32), np.empty(tokens.size, np.int32)
     for position in range(tokens.size):
         slot = _slot(tokens[position], size)
-        while table[slot] >= 0 and tokens[table[slot]] != tokens[position]:
+        while True:
+            place = table[slot] if table[slot] >= 0 else position
+            if tokens[place] == tokens[position]:
+                break
             slot = (slot + 1) & (size - 1)
-        if table[slot] < 0:
-            table[slot] = position
-        places[position] = table[slot]
+        table[slot] = places[position] = place
     return table, places
 
 
