@@ -62,8 +62,8 @@ def _shares(
     from megatron_m3.retrieval.combing import count_matches
 
     texts = [np.asarray(text, np.int64) for text in ([tokens] if text_of is None else tokens)]
-    whole = np.concatenate(texts) if len(texts) > 1 else texts[0]
-    references, lengths = np.ascontiguousarray(references, np.int64), np.asarray(lengths, np.int64)
+    whole = _compact(np.concatenate([*texts, np.zeros(0, np.int64)]) if len(texts) != 1 else texts[0])
+    references, lengths = _compact(references), _compact(lengths)
     bounds = np.cumsum([0, *map(len, texts)])
     which = np.zeros(len(lengths), np.int64) if text_of is None else np.asarray(text_of, np.int64)
     begins, ends = bounds[:-1][which], bounds[1:][which]
@@ -72,8 +72,9 @@ def _shares(
         matches = count_matches(whole, begins[part], ends[part], references[part], lengths[part], limit)
         return matches / np.maximum(lengths[part], 1)
 
-    threads = min(_num_threads(), len(lengths) // PAIRS_PER_THREAD)
-    if threads <= 1:
+    most = len(lengths) // PAIRS_PER_THREAD
+    threads = min(most, _num_threads()) if most > 1 else 1
+    if threads == 1:
         return compare(slice(None))
     size = -(-len(lengths) // threads)
     with ThreadPoolExecutor(threads) as pool:
@@ -81,7 +82,13 @@ def _shares(
                                                       for first in range(0, len(lengths), size)))))
 
 
+def _compact(array: ArrayLike) -> np.ndarray:
+    """As int64 in the order and alignment that the compiled code takes."""
+    compact = np.ascontiguousarray(array, np.int64)
+    return compact if compact.flags.aligned else compact.copy()
+
+
 def _num_threads() -> int:
     """OMP_NUM_THREADS, or else the processors that this process may use."""
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    return int(given) if given.isdigit() else len(os.sched_getaffinity(0))
+    return max(1, int(given)) if given.isdigit() else len(os.sched_getaffinity(0))

@@ -170,6 +170,19 @@ def test_each_reference_with_the_text_that_is_named_for_it(monkeypatch):
         overlaps(texts, references, lengths, text_of + 1)
 
 
+def test_arrays_of_any_type_and_layout(tmp_path):
+    rng = np.random.default_rng(6)
+    tokens, references, lengths = rng.integers(0, 9, 200), rng.integers(0, 9, (6, 20)), np.array([20, 3, 0, 7, 20, 1])
+    expected = overlaps(tokens, references, lengths).tolist()
+    tokens.tofile(tmp_path / "tokens")
+    mapped = np.memmap(tmp_path / "tokens", np.int64, mode="r")
+    unaligned = np.frombuffer(b"x" + tokens.tobytes(), np.int64, offset=1)
+    for text in (mapped, unaligned, np.repeat(tokens, 2)[::2], tokens.astype(np.uint16), tokens.tolist()):
+        for rows in (np.asfortranarray(references), references.astype(np.int32), references.tolist()):
+            assert overlaps(text, rows, lengths.astype(np.int32)).tolist() == expected
+    assert overlaps([], references[:0], lengths[:0], []).tolist() == []
+
+
 def test_references_that_need_wide_strand_numbers():
     reference = np.arange(13_200)
     text = np.delete(np.concatenate([reference[::-1], reference]), np.s_[14_000:14_132])
