@@ -3,6 +3,8 @@
 import itertools
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -181,6 +183,25 @@ def test_arrays_of_any_type_and_layout(tmp_path):
         for rows in (np.asfortranarray(references), references.astype(np.int32), references.tolist()):
             assert overlaps(text, rows, lengths.astype(np.int32)).tolist() == expected
     assert overlaps([], references[:0], lengths[:0], []).tolist() == []
+
+
+def test_other_threads_run_while_pairs_are_compared():
+    rng = np.random.default_rng(7)
+    text, references = rng.integers(0, 2, 4000), rng.integers(0, 2, (PAIRS_PER_THREAD, 128))
+    overlap(text, references[0])
+    stamps, busy = [], []
+
+    def compare():
+        busy.append(time.monotonic())
+        overlaps(text, references, [128] * len(references))
+        busy.append(time.monotonic())
+
+    worker = threading.Thread(target=compare)
+    worker.start()
+    while worker.is_alive():
+        stamps.append(time.monotonic())
+    first, last = busy
+    assert any(first + (last - first) / 4 < stamp < last - (last - first) / 4 for stamp in stamps)
 
 
 def test_references_that_need_wide_strand_numbers():
