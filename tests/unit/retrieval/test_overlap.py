@@ -155,6 +155,17 @@ def test_long_texts_are_combed_in_pieces(alphabet):
     assert overlaps(text, references, [100] * len(references)).tolist() == expected
 
 
+def test_no_window_is_lost_between_pieces():
+    reference = np.arange(100)
+    spread = np.full(200, 50)  # holds the reference in exactly one window
+    spread[:198:2], spread[199] = reference[:99], 99
+    for place in range(3890, 3902):
+        text = np.full(5000, 50)
+        text[place : place + 200] = spread
+        assert overlap(text, reference) == 1.0
+        assert overlap(np.insert(text, place + 100, 50), reference) == 0.99
+
+
 def test_each_reference_with_the_text_that_is_named_for_it(monkeypatch):
     rng = np.random.default_rng(5)
     texts = [rng.integers(0, 20, size).tolist() for size in (50, 0, 7, 0, 90)]
