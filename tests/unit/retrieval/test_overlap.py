@@ -159,9 +159,9 @@ def test_no_window_is_lost_between_pieces():
     reference = np.arange(100)
     spread = np.full(200, 50)  # holds the reference in exactly one window
     spread[:198:2], spread[199] = reference[:99], 99
-    for place in range(3890, 3902):
+    for place in range(3890, 3906):
         text = np.full(5000, 50)
-        text[place : place + 200] = spread
+        text[place - 4 : place], text[place : place + 200] = 1000, spread
         assert overlap(text, reference) == 1.0
         assert overlap(np.insert(text, place + 100, 50), reference) == 0.99
 
@@ -198,26 +198,30 @@ def test_arrays_of_any_type_and_layout(tmp_path):
 
 def test_other_threads_run_while_pairs_are_compared():
     rng = np.random.default_rng(7)
-    text, references = rng.integers(0, 2, 4000), rng.integers(0, 2, (PAIRS_PER_THREAD, 128))
+    text, references = rng.integers(0, 2, 4000), rng.integers(0, 2, (1000, 128))
     overlap(text, references[0])
-    stamps, busy = [], []
 
-    def compare():
-        busy.append(time.monotonic())
-        overlaps(text, references, [128] * len(references))
-        busy.append(time.monotonic())
+    def runs_meanwhile():
+        stamps, busy = [], []
 
-    worker = threading.Thread(target=compare)
-    worker.start()
-    while worker.is_alive():
-        stamps.append(time.monotonic())
-    first, last = busy
-    assert any(first + (last - first) / 4 < stamp < last - (last - first) / 4 for stamp in stamps)
+        def compare():
+            busy.append(time.monotonic())
+            overlaps(text, references, [128] * len(references))
+            busy.append(time.monotonic())
+
+        worker = threading.Thread(target=compare)
+        worker.start()
+        while worker.is_alive():
+            stamps.append(time.monotonic())
+        first, last = busy
+        return any(first + (last - first) / 4 < stamp < last - (last - first) / 4 for stamp in stamps)
+
+    assert any(runs_meanwhile() for _ in range(20))  # on a busy machine this thread may not get a processor
 
 
 def test_references_that_need_wide_strand_numbers():
     reference = np.arange(13_200)
-    text = np.delete(np.concatenate([reference[::-1], reference]), np.s_[14_000:14_132])
+    text = np.concatenate([*[reference[::-1]] * 3, np.delete(reference, np.s_[5000:5132])])
     assert overlap(text, reference) == (13_200 - 132) / 13_200
 
 
