@@ -22,6 +22,7 @@ from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, M3Error, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, Manifest, is_finished, read_manifest, write_manifest
 from megatron_m3.manifest.claims import CLAIMS
+from megatron_m3.platform.threads import one_torch_thread
 
 if TYPE_CHECKING:
     from megatron_m3.references import ReferenceStore
@@ -208,27 +209,12 @@ def write_block(work: Work, index: int) -> None:
     import numpy as np
 
     parts = []
-    with one_thread(work.options):
+    # a transformer's last bits may differ with several threads, and workers are faster
+    with one_torch_thread() if work.options.embedder == "transformer" else contextlib.nullcontext():
         for ids in batched(block_ids(work.references, index), BATCH):
             texts = work.references.texts(ids)
             parts.append(work.embedder.embed(texts) * np.array([[text != ""] for text in texts], np.float32))
     BlockFolder(work.folder, work.job).write(index, {"vectors": np.concatenate(parts)})
-
-
-@contextlib.contextmanager
-def one_thread(options: Options) -> Iterator[None]:
-    """A transformer computes by one thread meanwhile: with several the last bits may differ, and workers are faster."""
-    if options.embedder == "tfidf":
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

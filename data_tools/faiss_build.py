@@ -4,13 +4,13 @@ A file of an index depends in its last bits on the number of threads, as matrix 
 share is therefore done by one thread each.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from megatron_m3.errors import ConfigError
+from megatron_m3.platform.threads import one_faiss_thread
 
 FLAT_LIMIT = 200_000
 """Most vectors that are searched one by one unless another index is asked for."""
@@ -127,7 +127,7 @@ def encode(index: Any, vectors: np.ndarray) -> np.ndarray:
         on_gpus = faiss.index_cpu_to_all_gpus(quantizer)
     lists.quantizer = on_gpus
     try:
-        with one_thread():
+        with one_faiss_thread():
             return np.concatenate([index.sa_encode(np.ascontiguousarray(vectors[first : first + BATCH]))
                                    for first in range(0, len(vectors), BATCH)])
     finally:
@@ -177,19 +177,6 @@ def tune(index: Any, wanted: float, recall: Callable[[], float]) -> dict[str, An
     setattr(owner, name, value)
     took = {"lists": most, "lists_read": value} if name == "nprobe" else {"ef_search": value}
     return took | {"recall": found}
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """FAISS computes with one thread meanwhile."""
-    import faiss
-
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)
 
 
 def _lists(index: Any) -> Any:

@@ -27,6 +27,7 @@ from megatron_m3.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_m3.platform.threads import one_faiss_thread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,10 +124,10 @@ class IndexBuild:
         import faiss
         import numpy as np
 
-        from data_tools.faiss_build import encode, gives_codes, one_thread
+        from data_tools.faiss_build import encode, gives_codes
 
         (trained, queries), vectors = self.load(), np.array(self.embeddings.block(index))
-        with one_thread():
+        with one_faiss_thread():
             scores, _ = faiss.knn(queries, vectors, min(self.k, len(vectors)), faiss.METRIC_INNER_PRODUCT)
         zeros = sum(self.embeddings.sizes[:index]) + np.flatnonzero(~vectors.any(axis=1))
         arrays: dict[str, np.ndarray] = {"scores": scores, "zeros": zeros}
@@ -144,11 +145,11 @@ class IndexBuild:
         import faiss
         import numpy as np
 
-        from data_tools.faiss_build import add_codes, gives_codes, one_thread, tune
+        from data_tools.faiss_build import add_codes, gives_codes, tune
 
         (whole, queries), self._loaded = self.load(), None
         info: dict[str, Any] = {}
-        with one_thread(), self.output.writing(index, info) as path:
+        with one_faiss_thread(), self.output.writing(index, info) as path:
             if gives_codes(whole):
                 add_codes(whole, lambda: self.parts("codes"))
             else:

@@ -17,6 +17,7 @@ from data_tools.shared_work import Workers
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, Manifest, atomic_path, is_finished, write_manifest
+from megatron_m3.platform.threads import one_faiss_thread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,23 +92,31 @@ class Corpus:
         last = min(int(self.tokens.lengths[document]), (chunk + 1) * self.chunk_length + reach)
         return np.array(self.tokens.read(document, first, last - first))  # a copy outlives the mapped file
 
-    def judge(self, document: int, chunk: int, ids: "np.ndarray") -> Verdict:
-        """Which of the references ``ids`` [M] are from the chunk's document, or overlap with it too much."""
+    def judge(self, places: Sequence[tuple[int, int]], rows: "np.ndarray", ids: "np.ndarray") -> Verdict:
+        """Which of the references ``ids`` [M] are from the document of their chunk, or overlap with it too much.
+
+        ``places``: document and number of chunks; ``rows``: which of them each reference is for, ascending, [M].
+        """
         import numpy as np
 
         from megatron_m3.retrieval import exceeds_overlap
 
-        references, own = self.retriever.references, self.document_ids[document]
-        same = np.array([references.source(int(id))[0] == own for id in ids], bool)
-        around = self.read(document, chunk, REACH)
-        return Verdict(same, exceeds_overlap(around, *references.tokens(ids), self.max_overlap))
+        references = self.retriever.references
+        distinct, which = np.unique(ids, return_inverse=True)
+        documents = np.array([references.source(int(id))[0] for id in distinct], object)
+        own = np.array([self.document_ids[document] for document, _ in places], object)
+        leaks = exceeds_overlap(self.around(places), *references.tokens(ids), self.max_overlap, rows)
+        return Verdict((documents[which] == own[rows]).astype(bool), leaks)
 
-    def overlaps(self, document: int, chunk: int, ids: "np.ndarray") -> list[float]:
-        """Overlap of the references ``ids`` [M] with the text around a chunk."""
-        from megatron_m3.retrieval import overlap
+    def overlaps(self, places: Sequence[tuple[int, int]], rows: "np.ndarray", ids: "np.ndarray") -> "np.ndarray":
+        """Overlap of each reference with the text around its chunk, float64 [M]; arguments as :meth:`judge` has."""
+        from megatron_m3.retrieval import overlaps
 
-        around, (rows, lengths) = self.read(document, chunk, REACH), self.retriever.references.tokens(ids)
-        return [overlap(around, row[:length]) for row, length in zip(rows, lengths, strict=True)]
+        return overlaps(self.around(places), *self.retriever.references.tokens(ids), rows)
+
+    def around(self, places: Sequence[tuple[int, int]]) -> list["np.ndarray"]:
+        """The text around each chunk that its references must not overlap with."""
+        return [self.read(document, chunk, REACH) for document, chunk in places]
 
 
 def open_corpus(options: Options) -> Corpus:
@@ -170,12 +179,10 @@ class Search:
 
     def __call__(self, index: int) -> None:
         """Write the block ``index``, by one thread: with several the last bits of scores may differ."""
-        from data_tools.faiss_build import one_thread
-
         self.corpus = self.corpus or open_corpus(self.options)
         size = self.options.documents_per_block
         documents = range(index * size, min(len(self.corpus.tokens), (index + 1) * size))
-        with one_thread():
+        with one_faiss_thread():
             self.folder.write(index, *find_neighbours(self.corpus, documents, self.options.neighbours))
 
 
@@ -205,25 +212,26 @@ def find_batch(
     """Ids, validity, scores and overlaps, [chunks, k] each, of the chunks at ``places``; adds to ``counts``."""
     import numpy as np
 
-    dropped: dict[int, tuple[int, int]] = {}
+    dropped = np.zeros((len(places), 2), np.int64)
 
-    def drop(row: int, ids: np.ndarray) -> np.ndarray:
-        verdict = corpus.judge(*places[row], ids)
-        keep = ~(verdict.same_document | verdict.leaks)
-        seen = slice(int(np.flatnonzero(keep)[k - 1]) if keep.sum() >= k else None)
-        same = verdict.same_document[seen]
-        dropped[row] = int(same.sum()), int((verdict.leaks[seen] & ~same).sum())
+    def drop(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        asked, first, which = np.unique(rows, return_index=True, return_inverse=True)
+        same, leaks = corpus.judge([places[row] for row in asked], which, ids)
+        keep = ~(same | leaks)
+        kept_before = np.cumsum(keep) - keep
+        seen = kept_before - kept_before[first][which] < k
+        for column, why in enumerate((same, leaks & ~same)):
+            dropped[asked, column] = np.bincount(which[seen & why], minlength=len(asked))
         return ~keep
 
     vectors = corpus.retriever.embed([corpus.read(*place).tolist() for place in places])
     scores, ids, valid = corpus.retriever.index.search_filtered(vectors, k, drop)
     overlaps = np.zeros((len(places), k), np.float32)
-    for row, place in enumerate(places):
-        overlaps[row, valid[row]] = corpus.overlaps(*place, ids[row, valid[row]])
+    overlaps[valid] = corpus.overlaps(places, np.nonzero(valid)[0], ids[valid])
     counts.update({
         "chunks": len(places), "searched": int(vectors.any(axis=1).sum()), "found": int(valid.sum()),
-        "missing": int((~valid).sum()), "dropped same document": sum(same for same, _ in dropped.values()),
-        "dropped by filter": sum(leaks for _, leaks in dropped.values()),
+        "missing": int((~valid).sum()), "dropped same document": int(dropped[:, 0].sum()),
+        "dropped by filter": int(dropped[:, 1].sum()),
     })
     return ids, valid, scores, overlaps
 

@@ -4,6 +4,7 @@ Blocks are written atomically and their bytes depend on nothing but the job, so 
 as when the first was only slow, do no harm.
 """
 
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -138,6 +139,7 @@ def worker_number() -> int | None:
 
 def _begin(stop: Any, begun: Any) -> None:
     global _stop, _number
+    os.environ["OMP_NUM_THREADS"] = "1"  # for what is imported from here on
     _stop = stop
     with begun.get_lock():
         _number = begun.value

@@ -2,7 +2,7 @@
 
 from megatron_m3.retrieval.embedder import Embedder, load_embedder
 from megatron_m3.retrieval.index import MISSING, Found, VectorIndex
-from megatron_m3.retrieval.overlap import exceeds_overlap, overlap
+from megatron_m3.retrieval.overlap import exceeds_overlap, overlap, overlaps
 from megatron_m3.retrieval.retriever import Retrieved, Retriever
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "exceeds_overlap",
     "load_embedder",
     "overlap",
+    "overlaps",
 ]

@@ -14,6 +14,8 @@ KIND, SCHEMA = "index", 1
 FILE, EMBEDDER = "index.faiss", "embedder"
 NEVER_FOUND = "never_found.npy"
 """Ids whose vectors are 0, deleted references among them; there only where there are some."""
+ASKED_AT_ONCE = 1 << 14
+"""Candidates that a filter judges in one call, where no single vector has more."""
 MISSING = np.iinfo(np.int64).min
 """Stands where ``valid`` is false; no reference has it, and indexing with it fails."""
 
@@ -64,7 +66,7 @@ class VectorIndex:
     def search(self, vectors: np.ndarray, k: int) -> Found:
         """The ``k`` nearest references of each vector, float32 [N, size]. Zero vectors neither find nor are found."""
         if len(self.never_found):
-            return self.search_filtered(vectors, k, lambda row, ids: np.zeros(len(ids), bool))
+            return self.search_filtered(vectors, k, lambda rows, ids: np.zeros(len(ids), bool))
         return self._search(vectors, k)
 
     def _search(self, vectors: np.ndarray, k: int) -> Found:
@@ -74,39 +76,40 @@ class VectorIndex:
         valid = (ids >= 0) & vectors.any(axis=1)[:, None]
         return Found(np.where(valid, scores, 0).astype(np.float32), np.where(valid, ids, MISSING), valid)
 
-    def search_filtered(self, vectors: np.ndarray, k: int, drop: Callable[[int, np.ndarray], np.ndarray]) -> Found:
+    def search_filtered(
+        self, vectors: np.ndarray, k: int, drop: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> Found:
         """:meth:`search` for the ``k`` nearest references that ``drop`` lets pass; looks further until it has them.
 
         Args:
             vectors: float32 [N, size].
             k: references wanted.
-            drop: from a row and the ids [M] of its next candidates, by falling score, to bool [M]: drop it?
-                A candidate may be asked about twice.
+            drop: from rows [M], ascending, and the ids [M] of a next candidate of each, by falling score in a row, to
+                bool [M]: drop it? A candidate may be asked about twice.
         """
         rows, fetch = np.arange(len(vectors)), min(2 * k + 4, len(self))
         result = Found(np.zeros((len(vectors), k), np.float32), np.full((len(vectors), k), MISSING),
                        np.zeros((len(vectors), k), bool))
         while len(rows):
             found = self._search(vectors[rows], fetch)
-            short = []
-            for row, scores, ids, valid in zip(rows, *found, strict=True):
-                good = valid & ~_is_among(ids, self.never_found)
-                scores, ids = scores[good], ids[good]
-                kept = np.flatnonzero(~drop(int(row), ids))[:k]
-                result.scores[row, : len(kept)], result.ids[row, : len(kept)] = scores[kept], ids[kept]
-                result.valid[row, : len(kept)] = True
-                if len(kept) < k and valid.all():
-                    short.append(row)
+            kept, size = found.valid & ~_is_among(found.ids, self.never_found), max(1, ASKED_AT_ONCE // fetch)
+            for part in (slice(first, first + size) for first in range(0, len(rows), size)):
+                asked = kept[part]
+                kept[part][asked] = ~drop(np.repeat(rows[part], asked.sum(axis=1)), found.ids[part][asked])
+            place = kept.cumsum(axis=1) - 1
+            good = kept & (place < k)
+            target = np.repeat(rows, good.sum(axis=1)), place[good]
+            result.scores[target], result.ids[target], result.valid[target] = found.scores[good], found.ids[good], True
             if fetch == len(self):
                 break
-            rows, fetch = np.array(short, np.int64), min(4 * fetch, len(self))
+            rows, fetch = rows[(kept.sum(axis=1) < k) & found.valid.all(axis=1)], min(4 * fetch, len(self))
         return result
 
 
 def _is_among(ids: np.ndarray, ascending: np.ndarray) -> np.ndarray:
     """Which of ``ids`` are in a list, bool."""
     if not len(ascending):
-        return np.zeros(len(ids), bool)
+        return np.zeros(ids.shape, bool)
     found: np.ndarray = ascending[np.searchsorted(ascending, ids).clip(max=len(ascending) - 1)] == ids
     return found
 

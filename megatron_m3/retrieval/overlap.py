@@ -1,130 +1,94 @@
 """The leakage filter (eq. 6): how much of a reference a text already contains, word order kept.
 
-Exact, and quick for long texts: only windows of the text that could beat what is known are compared. A window's
-longest common subsequence grows by at most one for each of the reference's tokens that enters it, and never exceeds
-the number of tokens it shares with the reference, so most windows are passed over without a look.
+Exact for every text and reference; ``combing.py`` holds the method, which is compiled: it is imported, and compiled if
+it never was on this kind of machine, when the first overlap is asked for. Large batches are shared by OMP_NUM_THREADS
+threads.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from rapidfuzz.distance import LCSseq
 
-FIRST_CODE = 48
+PAIRS_PER_THREAD = 256
+"""Fewest pairs that are worth a thread."""
 
 
-def overlap(tokens: ArrayLike | Sequence[int], reference: ArrayLike | Sequence[int]) -> float:
+def overlap(tokens: Sequence[int] | np.ndarray, reference: Sequence[int] | np.ndarray) -> float:
     """Share of ``reference`` that ``tokens`` contain, in order and close together (eq. 6).
 
     The longest common subsequence of the two whose matched positions j1 < ... < jm in ``tokens`` span at most twice the
     reference, jm - j1 + 1 <= 2 * |reference|, divided by |reference|. An empty reference overlaps with nothing: 0.
     """
-    reference = np.asarray(reference, dtype=np.int64)
-    if not reference.size:
-        return 0.0
-    return _longest(np.asarray(tokens, dtype=np.int64), reference, at_least=1, enough=reference.size) / reference.size
+    references = np.asarray(reference, np.int64)[None]
+    return float(overlaps(tokens, references, np.array([references.size]))[0])
 
 
-def exceeds_overlap(tokens: ArrayLike, references: np.ndarray, lengths: np.ndarray, limit: float) -> np.ndarray:
-    """Whether each reference's :func:`overlap` with ``tokens`` is larger than ``limit``; the decision is exact.
+def overlaps(
+    tokens: Sequence[Any] | np.ndarray, references: ArrayLike, lengths: ArrayLike,
+    text_of: ArrayLike | None = None,
+) -> np.ndarray:
+    """The :func:`overlap` of each reference with a text, float64 [N]; arguments as :func:`exceeds_overlap` has them."""
+    return _shares(tokens, references, lengths, 0, text_of)
+
+
+def exceeds_overlap(
+    tokens: Sequence[Any] | np.ndarray, references: ArrayLike, lengths: ArrayLike, limit: float,
+    text_of: ArrayLike | None = None,
+) -> np.ndarray:
+    """Whether each reference's :func:`overlap` with a text is larger than ``limit``; the decision is exact.
 
     Args:
-        tokens: token ids of the text, [T].
+        tokens: token ids of the text, [T]; of several texts, [T] each, where ``text_of`` is given.
         references: token ids, [N, L]; what lies beyond a reference's length is not read.
         lengths: tokens in each reference, [N]; 0 never exceeds.
         limit: largest overlap allowed.
+        text_of: the text, by its number, that each reference is compared with, [N]; best ascending.
 
     Returns:
         bool [N].
     """
-    tokens, references, lengths = np.asarray(tokens, np.int64), np.asarray(references, np.int64), np.asarray(lengths)
-    result = np.zeros(len(references), dtype=bool)
-    shared = _num_shared(tokens, references, lengths)
-    for row in np.flatnonzero((lengths > 0) & (shared > limit * lengths - 1e-6)):
-        length = int(lengths[row])
-        need = _smallest_above(limit, length)
-        result[row] = need <= length and _longest(tokens, references[row, :length], at_least=need, enough=need) >= need
-    return result
+    return _shares(tokens, references, lengths, limit, text_of) > limit
 
 
-def _smallest_above(limit: float, length: int) -> int:
-    """The smallest number of matches whose share of ``length`` is larger than ``limit``."""
-    need = max(0, int(limit * length) - 1)
-    while need / length <= limit:
-        need += 1
-    return need
+def _shares(
+    tokens: Sequence[Any] | np.ndarray, references: ArrayLike, lengths: ArrayLike, limit: float,
+    text_of: ArrayLike | None,
+) -> np.ndarray:
+    """Share of each reference, float64 [N]; exact where it is larger than ``limit``, else one that is not."""
+    from megatron_m3.retrieval.combing import count_matches
+
+    texts = [np.asarray(text, np.int64) for text in ([tokens] if text_of is None else tokens)]
+    whole = _compact(np.concatenate([*texts, np.zeros(0, np.int64)]) if len(texts) != 1 else texts[0])
+    references, lengths = _compact(references), _compact(lengths)
+    bounds = np.cumsum([0, *map(len, texts)])
+    which = np.zeros(len(lengths), np.int64) if text_of is None else np.asarray(text_of, np.int64)
+    begins, ends = bounds[:-1][which], bounds[1:][which]
+
+    def compare(part: slice) -> np.ndarray:
+        matches = count_matches(whole, begins[part], ends[part], references[part], lengths[part], limit)
+        return matches / np.maximum(lengths[part], 1)
+
+    most = len(lengths) // PAIRS_PER_THREAD
+    threads = min(most, _num_threads()) if most > 1 else 1
+    if threads == 1:
+        return compare(slice(None))
+    size = -(-len(lengths) // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        return np.concatenate(list(pool.map(compare, (slice(first, first + size)
+                                                      for first in range(0, len(lengths), size)))))
 
 
-def _num_shared(tokens: np.ndarray, references: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Tokens that the whole text shares with each reference, order ignored, [N]: an upper bound on the matches."""
-    if not tokens.size or not references.size:
-        return np.zeros(len(references), dtype=np.int64)
-    known, counts = np.unique(tokens, return_counts=True)
-    columns = np.arange(references.shape[1])
-    ordered = np.sort(np.where(columns < lengths[:, None], references, -1), axis=1)
-    starts = np.ones_like(ordered, dtype=bool)
-    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    occurrence = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
-    place = np.minimum(np.searchsorted(known, ordered), len(known) - 1)
-    found = (ordered >= 0) & (known[place] == ordered) & (occurrence < counts[place])
-    return found.sum(axis=1)
+def _compact(array: ArrayLike) -> np.ndarray:
+    """As int64 in the order and alignment that the compiled code takes."""
+    compact = np.ascontiguousarray(array, np.int64)
+    return compact if compact.flags.aligned else compact.copy()
 
 
-def _longest(tokens: np.ndarray, reference: np.ndarray, *, at_least: int, enough: int) -> int:
-    """Matches of eq. 6: the largest number over all windows of 2 * |reference| tokens.
-
-    Exact between ``at_least`` and ``enough``; some number below ``at_least``, or not below ``enough``, otherwise.
-    """
-    alphabet, reference_codes = np.unique(reference, return_inverse=True)
-    place = np.minimum(np.searchsorted(alphabet, tokens), len(alphabet) - 1)
-    positions = np.flatnonzero(alphabet[place] == tokens)
-    if len(positions) < at_least:
-        return 0
-    codes = place[positions]
-    ends = np.searchsorted(positions, positions + 2 * len(reference))
-    bounds = _window_bounds(codes, ends, np.bincount(reference_codes))
-    text, pattern = _as_text(codes), _as_text(reference_codes)
-
-    best, need = 0, at_least
-    start = int(bounds.argmax())
-    if bounds[start] >= need:
-        best = LCSseq.similarity(text[start : ends[start]], pattern)
-        need = max(need, best + 1)
-    candidates = np.flatnonzero(bounds >= need)
-    candidate_ends = ends[candidates]
-    index = 0
-    while best < enough and index < len(candidates):
-        start = candidates[index]
-        if bounds[start] < need:
-            index += 1
-            continue
-        found = LCSseq.similarity(text[start : ends[start]], pattern)
-        best, need = max(best, found), max(need, found + 1)
-        # A window that begins later needs this many more tokens of the reference at its end.
-        index = max(index + 1, int(np.searchsorted(candidate_ends, ends[start] + need - found)))
-    return best
-
-
-def _window_bounds(codes: np.ndarray, ends: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """Tokens that the window beginning at each of the text's tokens shares with the reference, order ignored.
-
-    ``codes``: the text's tokens that are in the reference; ``ends``: where the window that begins at each ends;
-    ``allowed``: how often the reference has each token. Occurrence j of a token counts in a window that begins at s if
-    the window reaches j and holds fewer than ``allowed`` of that token before j.
-    """
-    order = np.argsort(codes, kind="stable")
-    ordered, counts = codes[order], np.bincount(codes, minlength=len(allowed))
-    first = (np.cumsum(counts) - counts)[ordered]
-    rank = np.arange(len(codes)) - allowed[ordered]
-    earliest = np.zeros(len(codes), dtype=np.int64)
-    earliest[order] = np.where(rank >= first, order[np.maximum(rank, 0)] + 1, 0)
-    reach = np.searchsorted(ends, np.arange(len(codes)), side="right")
-    change = np.bincount(np.maximum(earliest, reach), minlength=len(codes) + 1)
-    change[1:] -= 1
-    return np.cumsum(change[:-1])
-
-
-def _as_text(codes: np.ndarray) -> str:
-    """Codes as characters, the form that rapidfuzz compares fastest."""
-    return (codes + FIRST_CODE).astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+def _num_threads() -> int:
+    """OMP_NUM_THREADS, or else the processors that this process may use."""
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return max(1, int(given)) if given.isdigit() else len(os.sched_getaffinity(0))

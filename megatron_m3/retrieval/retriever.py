@@ -68,10 +68,9 @@ class Retriever:
         if exclude_overlap_with is None:
             scores, ids, valid = self.index.search(vectors, k)
             return Retrieved(ids, valid, scores)
-        questions = [np.asarray(question, np.int64) for question in exclude_overlap_with]
 
-        def drop(row: int, ids: np.ndarray) -> np.ndarray:
-            return exceeds_overlap(questions[row], *self.references.tokens(ids), max_overlap)
+        def drop(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+            return exceeds_overlap(exclude_overlap_with, *self.references.tokens(ids), max_overlap, rows)
 
         scores, ids, valid = self.index.search_filtered(vectors, k, drop)
         return Retrieved(ids, valid, scores)

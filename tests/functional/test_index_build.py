@@ -12,6 +12,7 @@ from data_tools.embeddings import Embeddings
 from data_tools.index import IndexBuild, Options
 from megatron_m3.errors import ConfigError
 from megatron_m3.manifest import BlockFolder, Manifest, write_manifest
+from megatron_m3.platform.threads import one_faiss_thread
 from megatron_m3.retrieval import VectorIndex
 from megatron_m3.retrieval.tfidf import train_tfidf
 
@@ -62,7 +63,7 @@ def test_stages_in_any_order_give_the_bytes_of_one_pass(embeddings, tmp_path, fa
     whole = VectorIndex(tmp_path / "index", Manifest(kind="", schema=1, inputs={}, settings={}, files={}),
                         faiss.read_index(str(tmp_path / "index" / "index.faiss")))
     expected = faiss_build.train_faiss(factory, SIZE, embeddings.sample(COUNT))
-    with faiss_build.one_thread():
+    with one_faiss_thread():
         for block in embeddings.blocks():
             expected.add(block)
     found = work.output.read_info(0)

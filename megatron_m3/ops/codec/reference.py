@@ -1,9 +1,7 @@
 """Vector codecs: plain numbers, or any FAISS codec given by its factory string (section 3.3, appendix B)."""
 
-import contextlib
 import math
 import re
-from collections.abc import Iterator
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from megatron_m3.errors import ArtifactError, ConfigError
 from megatron_m3.ops.codec.product import ProductCode
+from megatron_m3.platform.threads import one_faiss_thread
 
 Vectors = np.ndarray | Tensor
 POINTS_PER_CENTROID = 39
@@ -109,7 +108,7 @@ class FaissVectors:
         index = make_index(factory, vectors.shape[1])
         if len(vectors) < vectors_needed(factory):
             raise ConfigError(f"codec={factory}: needs {vectors_needed(factory):,} vectors, there are {len(vectors):,}")
-        with _one_thread():
+        with one_faiss_thread():
             index.train(np.ascontiguousarray(vectors, np.float32))
         return cls(index)
 
@@ -203,18 +202,6 @@ def codebook_bytes(factory: str, head_size: int) -> int:
         else:
             numbers += 2 * head_size if name.startswith("SQ") else head_size**2
     return 4 * numbers
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    import faiss
-
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def _tensor(codes: np.ndarray) -> Tensor:
