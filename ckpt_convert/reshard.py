@@ -6,13 +6,15 @@ Optimizer and generators are left behind: start from the result with ``training.
 
 import json
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckpt_convert.words import parse_words
-from megatron_m3.config import Config, ModelConfig, ParallelConfig
+from megatron_m3.config import Config, ParallelConfig, stage_layers
 from megatron_m3.errors import ConfigError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def convert(options: ReshardOptions) -> dict[str, Any]:
         raise ConfigError(f"source={path}: not a checkpoint nor the folder of a run; name one")
     source = CheckpointSource(path)
     config = laid_out(source.config, options)
-    pieces, dtype = list(rank_pieces(config.model, config.parallel)), DTYPES[config.training.dtype]
+    pieces, dtype = list(rank_pieces(config)), DTYPES[config.training.dtype]
 
     def save_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.load(source.path / "tokenizer")
@@ -94,22 +96,23 @@ def laid_out(config: Config, options: ReshardOptions) -> Config:
                    training=replace(config.training, dtype=dtype, frozen_layers=0))
 
 
-def rank_pieces(model: ModelConfig, parallel: ParallelConfig) -> "Iterator[Piece]":
+def rank_pieces(config: Config) -> "Iterator[Piece]":
     """The blocks that each rank holds, in the rank's own file; what ranks hold alike lies in the first one's."""
     from ckpt_convert.checkpoint_writer import cut
     from ckpt_convert.mapping import EMBEDDING, our_tensors
 
-    stages: list[list[OurTensor]] = [[] for _ in range(parallel.pipeline)]
-    for tensor in our_tensors(model):
+    ranks, ends = config.parallel.tensor, list(accumulate(stage_layers(config)))
+    stages: list[list[OurTensor]] = [[] for _ in ends]
+    for tensor in our_tensors(config.model):
         if tensor.layer is not None:
-            stages[tensor.layer * parallel.pipeline // model.num_layers].append(tensor)
+            stages[bisect_right(ends, tensor.layer)].append(tensor)
         else:
             stages[0 if tensor.key == EMBEDDING else -1].append(tensor)
     for stage, tensors in enumerate(stages):
-        for rank in range(parallel.tensor):
-            file = f"__{stage * parallel.tensor + rank}_0.distcp"
+        for rank in range(ranks):
+            file = f"__{stage * ranks + rank}_0.distcp"
             for tensor in tensors:
-                for start, size in rank_blocks(tensor, rank, parallel.tensor):
+                for start, size in rank_blocks(tensor, rank, ranks):
                     yield from cut(tensor, start, size, file)
 
 

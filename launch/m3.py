@@ -45,6 +45,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
     ),
     "Training": (
         _job("pretrain", "launch.pretrain", "train: the warmup stage, or continual train with memory"),
+        _job("plan", "launch.plan", "layers, work, waiting and memory of each pipeline stage of a run"),
     ),
     "Memory": (
         _job("memory rank-layers", "launch.rank_layers", "which layers and heads read memories with the most gain"),

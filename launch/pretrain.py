@@ -7,6 +7,7 @@
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +29,18 @@ if TYPE_CHECKING:
 
 
 def parse_config(argv: Sequence[str] | None) -> Config:
-    """A recipe or a config file, with the fields given on the command line replaced.
+    """The settings of a training run."""
+    return parse_run(Config, argv, "m3 pretrain", "Train a model.")
+
+
+def parse_run[T: Config](cls: type[T], argv: Sequence[str] | None, prog: str, what: str) -> T:
+    """A recipe or a config file, with the fields of ``cls`` given on the command line replaced.
 
     A run that starts from a checkpoint has its model: those fields of the recipe give way to the checkpoint's.
     """
     parser = make_parser(
-        Config, "m3 pretrain",
-        "Train a model. Start from a recipe or a config file; every option below replaces one field of it.\n"
+        cls, prog,
+        f"{what} Start from a recipe or a config file; every option below replaces one field of it.\n"
         "The defaults shown are those without a recipe.",
     )
     parser.add_argument("--recipe", metavar="NAME", help=f"named settings to start from: {', '.join(RECIPES)}")
@@ -46,7 +52,8 @@ def parse_config(argv: Sequence[str] | None) -> Config:
     base = get_recipe(recipe) if recipe else _read_config(Path(file))
     start = given.get("training.init_from", base.training.init_from)
     output = given.get("training.output", base.training.output)
-    return replace_fields(_with_model_of(Path(start), Path(output), base) if start else base, given)
+    base = _with_model_of(Path(start), Path(output), base) if start else base
+    return replace_fields(cls(**{field.name: getattr(base, field.name) for field in fields(base)}), given)
 
 
 def _with_model_of(start: Path, output: Path, base: Config) -> Config:

@@ -12,6 +12,7 @@ from megatron_m3.config.command_line import (
 )
 from megatron_m3.config.flops import StepFlops, step_flops
 from megatron_m3.config.model import MemoryConfig, ModelConfig
+from megatron_m3.config.parallel import ParallelConfig
 from megatron_m3.config.recipes import RECIPES, get_recipe, recipe
 from megatron_m3.config.schema import (
     CheckpointConfig,
@@ -20,10 +21,10 @@ from megatron_m3.config.schema import (
     GuardConfig,
     LoggingConfig,
     OptimizerConfig,
-    ParallelConfig,
     ScheduleConfig,
     TrainingConfig,
 )
+from megatron_m3.config.split import stage_layers
 
 __all__ = [
     "RECIPES",
@@ -48,6 +49,7 @@ __all__ = [
     "peek_option",
     "recipe",
     "replace_fields",
+    "stage_layers",
     "step_flops",
     "to_dict",
 ]

@@ -49,6 +49,66 @@ def output_flops(model: ModelConfig, tokens: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerFlops:
+    """Operations of one layer's forward pass over one training sequence."""
+
+    context: float
+    """The training tokens and the prefix: all of a warmup step."""
+    references: float = 0.0
+    """References below the last memory layer; in that layer they need only query, key and value."""
+    selection: float = 0.0
+    """Token weights in a memory layer; the choice of tokens has no gradient."""
+    reading: float = 0.0
+    """Context tokens that attend to kept tokens, in a memory layer."""
+    backward_factor: float = BACKWARD
+    """Cost of the backward pass of all but the selection; 0 in frozen layers."""
+
+    @property
+    def forward(self) -> float:
+        """Everything together."""
+        return self.context + self.references + self.selection + self.reading
+
+    @property
+    def backward(self) -> float:
+        """The backward pass; recomputation is not counted."""
+        return self.backward_factor * (self.forward - self.selection)
+
+
+def layer_flops(config: Config, *, prefix_length: int = 0) -> list[LayerFlops]:
+    """Each layer's share of one sequence of ``config.training.stage``, for a prefix of ``prefix_length`` tokens."""
+    model, memory, last = config.model, config.memory, config.memory_layers[-1]
+    length, chunks = config.data.sequence_length, config.data.sequence_length // memory.chunk_length
+    tokens, pairs = prefix_length + length, (prefix_length + length) ** 2 / 2
+    context = projection_flops(model, tokens) + mlp_flops(model, tokens) + attention_flops(model, pairs)
+    # a joint sequence has no references in the warmup stage
+    references = config.num_references if config.training.stage == "continual" else 0
+    rows = references * memory.reference_length
+    below = projection_flops(model, rows) + mlp_flops(model, rows)
+    below += attention_flops(model, rows * (prefix_length + memory.reference_length / 2))
+    at_last = query_flops(model, rows) + key_value_flops(model, rows)
+    # chunks with and without a reference are taken to be spread evenly
+    read = sum(min(chunk + 1, memory.window) for chunk in range(chunks)) * memory.chunk_length * references / chunks
+    return [
+        LayerFlops(
+            context=context,
+            references=below if layer < last else at_last if layer == last else 0.0,
+            selection=selection_flops(model, references, memory.reference_length) * (layer in config.memory_layers),
+            reading=attention_flops(model, read * memory.num_kept_tokens) * (layer in config.memory_layers),
+            backward_factor=BACKWARD if layer >= config.training.frozen_layers else 0,
+        )
+        for layer in range(model.num_layers)
+    ]
+
+
+def head_flops(config: Config) -> tuple[float, float]:
+    """Operations of the output projection on one sequence: forward, backward."""
+    forward = output_flops(config.model, config.data.sequence_length)
+    # a frozen output projection has a gradient for its input alone
+    frozen = config.training.frozen_layers and config.model.tie_embeddings
+    return forward, (1 if frozen else BACKWARD) * forward
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepFlops:
     """Operations of one optimizer step over the global batch, forward and backward; recomputation is not counted."""
 
@@ -69,31 +129,14 @@ class StepFlops:
 
 def step_flops(config: Config, *, prefix_length: int = 0) -> StepFlops:
     """Operations of one step of ``config.training.stage``, for a prefix of ``prefix_length`` tokens."""
-    model, sequences = config.model, config.training.global_batch
-    length = config.data.sequence_length
-    tokens, pairs = prefix_length + length, (prefix_length + length) ** 2 / 2
-    layer = projection_flops(model, tokens) + mlp_flops(model, tokens) + attention_flops(model, pairs)
-    frozen, both = config.training.frozen_layers, sequences * (1 + BACKWARD)
-    # a frozen output projection has a gradient for its input alone
-    output = sequences * (1 + (1 if frozen and model.tie_embeddings else BACKWARD)) * output_flops(model, length)
-    context = (both * model.num_layers - sequences * BACKWARD * frozen) * layer + output
-    if config.training.stage == "warmup":
-        return StepFlops(context=context)
+    sequences, layers = config.training.global_batch, layer_flops(config, prefix_length=prefix_length)
 
-    memory, layers = config.memory, config.memory_layers
-    references = config.num_references
-    reference_tokens = references * memory.reference_length
-    reference_pairs = reference_tokens * (prefix_length + memory.reference_length / 2)
-    below = projection_flops(model, reference_tokens) + mlp_flops(model, reference_tokens)
-    below += attention_flops(model, reference_pairs)
-    last = query_flops(model, reference_tokens) + key_value_flops(model, reference_tokens)
-    chunks = length // memory.chunk_length
-    # chunks with and without a reference are taken to be spread evenly
-    read = sum(min(chunk + 1, memory.window) for chunk in range(chunks)) * memory.chunk_length * references / chunks
-    frozen = min(frozen, layers[-1])
+    def both(part: str) -> float:
+        return sequences * sum((1 + layer.backward_factor) * getattr(layer, part) for layer in layers)
+
     return StepFlops(
-        context=context,
-        references=(both * layers[-1] - sequences * BACKWARD * frozen) * below + both * last,
-        selection=sequences * len(layers) * selection_flops(model, references, memory.reference_length),
-        reading=both * len(layers) * attention_flops(model, read * memory.num_kept_tokens),
+        context=both("context") + sequences * sum(head_flops(config)),
+        references=both("references"),
+        selection=sequences * sum(layer.selection for layer in layers),
+        reading=both("reading"),
     )

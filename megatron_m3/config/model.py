@@ -78,15 +78,20 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
-    def num_non_embedding_parameters(self) -> int:
-        """Parameters outside the input embedding and the output projection, norms included."""
+    def num_layer_parameters(self) -> int:
+        """Parameters of one layer, norms included."""
         attention = self.hidden_size * self.head_size * 2 * (self.num_heads + self.num_kv_heads)
         mlp = 3 * self.hidden_size * self.ffn_size
         if self.qkv_bias:
             attention += self.head_size * (self.num_heads + 2 * self.num_kv_heads)
         if self.qk_norm:
             attention += 2 * self.head_size
-        return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size
+        return attention + mlp + 2 * self.hidden_size
+
+    @property
+    def num_non_embedding_parameters(self) -> int:
+        """Parameters outside the input embedding and the output projection, norms included."""
+        return self.num_layers * self.num_layer_parameters + self.hidden_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from megatron_m3.config.model import MemoryConfig, ModelConfig
+from megatron_m3.config.parallel import ParallelConfig
 from megatron_m3.config.schema import (
     CheckpointConfig,
     Config,
@@ -10,7 +11,6 @@ from megatron_m3.config.schema import (
     GuardConfig,
     LoggingConfig,
     OptimizerConfig,
-    ParallelConfig,
     ScheduleConfig,
     TrainingConfig,
 )

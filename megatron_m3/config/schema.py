@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_m3.config.checks import check_positive, check_range
 from megatron_m3.config.model import MemoryConfig, ModelConfig
+from megatron_m3.config.parallel import ParallelConfig, check_parallel
 from megatron_m3.errors import ConfigError
 
 MAX_SEED = 2**31 - 1
@@ -46,29 +47,6 @@ class DataConfig:
         check_range("data", self, 0, 1, "max_overlap")
         check_range("data", self, 0, math.inf, "references_per_sequence")
         check_range("data", self, 0, MAX_SEED, "seed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How the model is laid over processes; data parallelism takes what is left."""
-
-    tensor: int = 1
-    """Tensor-parallel processes."""
-    pipeline: int = 1
-    """Pipeline stages."""
-    interleave: int = 1
-    """Model chunks per pipeline stage (interleaved schedule); 1 is the plain schedule."""
-    context: int = 1
-    """Context-parallel processes; only 1 is supported."""
-    sequence: bool = False
-    """Sequence parallelism of norms and residuals within the tensor-parallel group."""
-    distributed_optimizer: bool = False
-    """Shard optimizer states over the data-parallel group."""
-    recompute: bool = False
-    """Recompute every layer's activations in the backward pass."""
-
-    def __post_init__(self) -> None:
-        check_range("parallel", self, 1, math.inf, "tensor", "pipeline", "interleave", "context")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,39 +216,3 @@ class Config:
         """References that are encoded for a training sequence of the continual stage."""
         chunks = self.data.sequence_length // self.memory.chunk_length
         return min(self.data.references_per_sequence or chunks, chunks)
-
-
-def check_parallel(config: Config) -> None:
-    """Refuse a parallel layout that the model cannot have, by the name of the field."""
-    parallel, model = config.parallel, config.model
-    if parallel.context != 1:
-        raise ConfigError(
-            f"parallel.context={parallel.context}: context parallelism is not supported with memory; set it to 1"
-        )
-    for name in ("num_heads", "num_kv_heads", "ffn_size", "padded_vocab_size"):
-        if getattr(model, name) % parallel.tensor:
-            raise ConfigError(f"parallel.tensor={parallel.tensor}: must divide model.{name}={getattr(model, name)}")
-    if model.num_layers % (parallel.pipeline * parallel.interleave):
-        raise ConfigError(
-            f"parallel.pipeline={parallel.pipeline} with parallel.interleave={parallel.interleave}: "
-            f"their product must divide model.num_layers={model.num_layers}"
-        )
-    if config.training.frozen_layers >= model.num_layers:
-        raise ConfigError(
-            f"training.frozen_layers={config.training.frozen_layers}: the model has {model.num_layers} layers; leave "
-            "some to train"
-        )
-    if parallel.pipeline > 1 and config.training.frozen_layers >= model.num_layers // parallel.pipeline:
-        raise ConfigError(
-            f"training.frozen_layers={config.training.frozen_layers}: must leave the first of {parallel.pipeline} "
-            f"pipeline stages, of {model.num_layers // parallel.pipeline} layers, some to train"
-        )
-    if parallel.interleave > 1 and parallel.pipeline == 1:
-        raise ConfigError(f"parallel.interleave={parallel.interleave}: needs parallel.pipeline of at least 2")
-    if parallel.sequence and parallel.tensor == 1:
-        raise ConfigError("parallel.sequence=true: needs parallel.tensor of at least 2")
-    if config.training.global_batch % config.training.micro_batch:
-        raise ConfigError(
-            f"training.global_batch={config.training.global_batch}: must be a multiple of "
-            f"training.micro_batch={config.training.micro_batch}"
-        )

@@ -113,7 +113,7 @@ def cost_table(name: str, cost: KnowledgeCost, size: BankSize, references: int) 
     return "\n".join([
         f"Cost of a piece of knowledge for {name}, in TFLOP",
         "",
-        *_columns(
+        *columns(
             ("format", "write", "read, each use"),
             ("parameters", f"{cost.write_parameters / TFLOP:.5g}", "at least 0"),
             ("explicit memory", f"{cost.write_memory / TFLOP:.5g}", f"{cost.read_memory / TFLOP:.5g}"),
@@ -124,7 +124,7 @@ def cost_table(name: str, cost: KnowledgeCost, size: BankSize, references: int) 
         "",
         f"Memory bank of {references:,} references",
         "",
-        *_columns(
+        *columns(
             ("form", "bytes a reference", "bank"),
             *(
                 (form, f"{count:,}", format_bytes(count * references))
@@ -144,7 +144,8 @@ def _advantage(cost: KnowledgeCost) -> str:
     return f"Explicit memory is the cheapest format for {low:.4g} < uses < {high:.5g}."
 
 
-def _columns(*rows: Sequence[str]) -> Iterator[str]:
+def columns(*rows: Sequence[str]) -> Iterator[str]:
+    """The rows of a table, indented: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         first, *rest = (

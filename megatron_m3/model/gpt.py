@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_m3.config import Config
+from megatron_m3.config import Config, stage_layers
 from megatron_m3.errors import ConfigError
 from megatron_m3.model.attention import AttentionPlan
 from megatron_m3.model.layers import block_spec
@@ -43,6 +43,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.interleave if parallel.interleave > 1 else None,
+        pipeline_model_parallel_layout=_stage_layout(config) if parallel.pipeline > 1 else None,
         sequence_parallel=parallel.sequence,
         # stages before and after the last memory layer exchange sequences of different lengths
         variable_seq_lengths=config.training.stage == "continual",
@@ -59,6 +60,14 @@ def transformer_config(config: Config) -> TransformerConfig:
         apply_rope_fusion=False,
         **(recompute if parallel.recompute else {}),  # type: ignore[arg-type]
     )
+
+
+def _stage_layout(config: Config) -> list[list[str]]:
+    """What each model chunk has, in megatron-core's words."""
+    chunks = [["decoder"] * count for count in stage_layers(config)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def build_model(config: Config) -> list[GPTModel]:

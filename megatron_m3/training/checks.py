@@ -20,6 +20,23 @@ def check_run(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"training.output={training.output}: is an artifact of its own, not a run's folder; choose another folder"
         )
+    num_micro_batches(config, world_size)
+    num_reference_tokens = config.num_references * config.memory.reference_length
+    if parallel.sequence and training.stage == "continual" and num_reference_tokens % parallel.tensor:
+        raise ConfigError(
+            f"parallel.sequence=true: parallel.tensor={parallel.tensor} must divide the {num_reference_tokens} "
+            "reference tokens of a sequence (memory.reference_length for each of its references); "
+            "change one, or set parallel.sequence=false"
+        )
+
+
+def num_micro_batches(config: Config, world_size: int) -> int:
+    """Micro-batches of each process in a step on ``world_size`` processes.
+
+    Raises:
+        ConfigError: the layout or the batch does not go into them.
+    """
+    parallel, training = config.parallel, config.training
     check_world_size(parallel, world_size)
     data_size = world_size // (parallel.tensor * parallel.pipeline)
     if training.global_batch % (training.micro_batch * data_size):
@@ -34,13 +51,7 @@ def check_run(config: Config, world_size: int) -> None:
             f"(training.global_batch / training.micro_batch / data-parallel processes) must be a multiple of "
             f"parallel.pipeline={parallel.pipeline}"
         )
-    num_reference_tokens = config.num_references * config.memory.reference_length
-    if parallel.sequence and training.stage == "continual" and num_reference_tokens % parallel.tensor:
-        raise ConfigError(
-            f"parallel.sequence=true: parallel.tensor={parallel.tensor} must divide the {num_reference_tokens} "
-            "reference tokens of a sequence (memory.reference_length for each of its references); "
-            "change one, or set parallel.sequence=false"
-        )
+    return micro_batches
 
 
 def largest_world(config: Config, num_nodes: int, processes_per_node: int) -> int:

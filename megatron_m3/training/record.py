@@ -9,7 +9,7 @@ import numpy as np
 import torch.distributed as dist
 
 import megatron_m3
-from megatron_m3.config import dump_json
+from megatron_m3.config import dump_json, stage_layers
 from megatron_m3.manifest import atomic_path
 from megatron_m3.platform import report
 from megatron_m3.training.setup import Machinery
@@ -23,7 +23,9 @@ def optimizer_name(machinery: Machinery) -> str:
 
 def norm_name(machinery: Machinery) -> str:
     """The class of the model's norms."""
-    return _class_name(machinery.models[0].decoder.layers[0].input_layernorm)
+    # a first pipeline stage may be without layers
+    norms = (part for part in machinery.models[0].modules() if "norm" in type(part).__name__.lower())
+    return next(map(_class_name, norms), "none on the first stage")
 
 
 def _class_name(live: object) -> str:
@@ -47,6 +49,7 @@ def write_run_record(machinery: Machinery) -> None:
         "layout": {
             "tensor": parallel.tensor,
             "pipeline": parallel.pipeline,
+            "split": stage_layers(machinery.config),
             "data": machinery.data_size,
             "sequence_parallel": parallel.sequence,
             "distributed_optimizer": parallel.distributed_optimizer,
@@ -64,9 +67,10 @@ def write_run_record(machinery: Machinery) -> None:
 def describe(machinery: Machinery) -> str:
     """What is live and how the model lies over the processes, as one line."""
     found, parallel, model = report(), machinery.config.parallel, machinery.config.model
+    layers = f" ({','.join(map(str, stage_layers(machinery.config)))} layers)" if parallel.pipeline > 1 else ""
     return (
         f"{found['device']} x {dist.get_world_size()} ({found['backend']}): tensor {parallel.tensor} x pipeline "
-        f"{parallel.pipeline} x data {machinery.data_size}; {model.num_non_embedding_parameters:,} non-embedding "
-        f"parameters, {machinery.config.training.dtype}; optimizer {optimizer_name(machinery)}, "
-        f"norm {norm_name(machinery)}, attention {model.attention}"
+        f"{parallel.pipeline}{layers} x data {machinery.data_size}; "
+        f"{model.num_non_embedding_parameters:,} non-embedding parameters, {machinery.config.training.dtype}; "
+        f"optimizer {optimizer_name(machinery)}, norm {norm_name(machinery)}, attention {model.attention}"
     )

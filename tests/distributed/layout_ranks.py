@@ -12,6 +12,7 @@ from megatron_m3.config import Config, get_recipe, replace_fields
 from megatron_m3.platform import select
 from megatron_m3.platform.distributed import initialize_parallel, shut_down
 
+BASE = {"training.stage": "continual", "training.global_batch": "4", "training.micro_batch": "1"}
 STEPS = 4
 PREFIX = [1, 17, 23, 5]
 
@@ -48,8 +49,7 @@ def micro_batches(config: Config, data_rank: int, data_size: int) -> Iterator[di
 
 def run_layout(overrides: dict[str, str]) -> dict[str, Any]:
     """Fingerprint of the initial weights; loss, gradient norm and tokens of each step."""
-    config = replace_fields(get_recipe("tiny"), {"training.stage": "continual", "training.global_batch": "4",
-                                                 "training.micro_batch": "1"} | overrides)
+    config = replace_fields(get_recipe("tiny"), BASE | overrides)
     from megatron.core import parallel_state
 
     from megatron_m3.model.weights_hash import weights_hash

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_m3.config import get_recipe, replace_fields, stage_layers
+from tests.distributed.layout_ranks import BASE
 from tests.launcher import run_ranks
 
 TENSOR, PIPELINE = {"parallel.tensor": "2"}, {"parallel.pipeline": "2"}
@@ -20,6 +22,8 @@ OTHER = {"model.qkv_bias": "true", "model.qk_norm": "true", "model.rope_scaling"
 HEADS = {"memory.heads": "0:1;1:0"}
 """Of two tensor-parallel ranks the first has no memory head in layer 0, the second none in layer 1."""
 FROZEN = OTHER | {"training.frozen_layers": "1"}
+DEEP = {"model.num_layers": "6"}
+"""The references pass through the first three layers, so that two stages are planned to have 2 and 4."""
 
 LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
     1: {
@@ -32,6 +36,7 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "other family": OTHER,
         "frozen": FROZEN,
         "heads": HEADS,
+        "deep": DEEP,
     },
     2: {
         "TP2": TENSOR,
@@ -54,6 +59,9 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "heads TP2 sequence": HEADS | SEQUENCE,
         "heads PP2": HEADS | PIPELINE,
         "frozen DP2 distributed optimizer": FROZEN | SHARDED,
+        "deep PP2 planned": DEEP | PIPELINE,
+        "tied PP2 embedding alone": PIPELINE | {"parallel.split": "0,4", "model.tie_embeddings": "true"},
+        "PP2 interleaved uneven": INTERLEAVED | {"parallel.split": "0,2,1,1"},
     },
     4: {
         "TP2xPP2": TENSOR | PIPELINE,
@@ -78,8 +86,14 @@ def results(tmp_path_factory):
 
 def baseline(name: str) -> str:
     """The run on one process that a layout must equal."""
-    bases = ("warmup", "memory to the last layer", "tied", "other family", "frozen", "heads")
+    bases = ("warmup", "memory to the last layer", "tied", "other family", "frozen", "heads", "deep")
     return next((base for base in bases if name.startswith(base)), "alone")
+
+
+def test_planned_splits_are_uneven():
+    """Or the layouts that are planned would show nothing."""
+    for overrides, layers in ((LAYOUTS[2]["deep PP2 planned"], (2, 4)), (LAYOUTS[4]["PP4"], (1, 1, 2, 0))):
+        assert stage_layers(replace_fields(get_recipe("tiny"), BASE | overrides)) == layers
 
 
 @pytest.mark.parametrize(("ranks", "name"), CASES)

@@ -14,6 +14,8 @@ INTERLEAVED = PIPELINE | {"parallel.interleave": "2"}
 SHARDED = {"parallel.distributed_optimizer": "true"}
 BF16 = {"training.dtype": "bf16"}
 FROZEN = {"training.frozen_layers": "1"}
+DEEP = {"model.num_layers": "6"}
+"""Two stages are planned to have 2 and 4 of these layers."""
 STEPS, HALF = 6, 3
 
 WHOLE = {
@@ -24,6 +26,7 @@ WHOLE = {
     "PP2 interleaved sharded": INTERLEAVED | SHARDED,
     "TP2 frozen": TENSOR | FROZEN,
     "DP2 frozen sharded": FROZEN | SHARDED,
+    "PP2 planned": DEEP | PIPELINE,
 }
 """Runs without interruption, on two processes."""
 
@@ -38,6 +41,8 @@ ELSEWHERE = [
     (1, "alone", {}, "TP2"),
     (1, "alone frozen", FROZEN, "TP2 frozen"),
     (2, "PP2 frozen sharded", PIPELINE | FROZEN | SHARDED, "DP2 frozen sharded"),
+    (1, "alone planned", DEEP, "PP2 planned"),
+    (2, "PP2 even", DEEP | PIPELINE | {"parallel.split": "3,3"}, "PP2 planned"),
 ]
 """Processes, name and layout of runs that go on from the middle of another."""
 

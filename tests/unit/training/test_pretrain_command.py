@@ -32,7 +32,7 @@ def test_config_of_a_run_is_a_start(tmp_path):
     (["--recipe", "tiny", "--training.steps", "many"], r"training\.steps=many"),
     (["--recipe", "tiny", "--parallel.context", "2"], r"parallel\.context=2.*not supported"),
     (["--recipe", "tiny", "--parallel.tensor", "3"], r"parallel\.tensor=3: must divide"),
-    (["--recipe", "tiny", "--parallel.pipeline", "3"], r"parallel\.pipeline=3"),
+    (["--recipe", "tiny", "--parallel.pipeline", "7"], r"parallel\.pipeline=7"),
     (["--recipe", "tiny", "--parallel.interleave", "2"], r"parallel\.interleave=2: needs parallel\.pipeline"),
 ])
 def test_mistakes_are_one_line(arguments, message):
