@@ -94,10 +94,10 @@ class SlotDecoder:
             out_LXBGMD: where to, of any floating dtype and any strides, the last one 1.
         """
         (N, C, K), P = positions_NCK.shape, len(placements_P3)
-        assert len(self.classes) == C and codes_NB.shape[0] == N, "records of other lists"
-        assert codes_NB.dtype == torch.uint8 and positions_NCK.dtype == torch.int16, "no records"
+        assert (len(codes_NB), C) == (N, len(self.classes)), "records of other lists"
+        assert (codes_NB.dtype, positions_NCK.dtype) == (torch.uint8, torch.int16), "no records"
         assert all(tensor.stride(-1) == 1 for tensor in (codes_NB, positions_NCK, out_LXBGMD)), "columns apart"
-        assert out_LXBGMD.shape[-1] == self.head_size and out_LXBGMD.shape[1] == 2, "slots of another shape"
+        assert (out_LXBGMD.shape[1], out_LXBGMD.shape[5]) == (2, self.head_size), "slots of another shape"
         need_device(out_LXBGMD, WHO, INSTEAD)
         if not (P and C):
             return
