@@ -24,7 +24,7 @@ def poisoned_outputs():
 
 @pytest.mark.parametrize(("bits", "count", "scale"), [
     ([8] * 3 + [7, 6, 6, 5, 5, 4, 4] + [3] * 30 + [2] * 60 + [1] * 90, 600, 100), ([1, 8, 3, 3, 2, 5], 70, 100),
-    ([2, 2, 1, 1, 1, 1], 1000, 2), ([4], 1, 10), ([8, 3, 1], 50, 1e5), ([3], 0, 1),
+    ([2, 2, 1, 1, 1, 1], 1000, 0.6), ([4], 1, 10), ([8, 3, 1], 50, 1e5), ([3, 2, 4, 1], 1, 0), ([3], 0, 1),
 ])
 def test_states_are_those_of_the_plain_search(bits, count, scale):
     triton_checks.check_search(bits, count, scale, "cuda")

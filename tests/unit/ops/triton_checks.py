@@ -9,7 +9,7 @@ from megatron_m3.ops.select_tokens.triton_backend import token_weights
 
 
 def check_search(bits, count, scale, device):
-    """The states are those of the plain search."""
+    """The states are those of the plain search; small scales make ties, and 0 nothing else."""
     generator = torch.Generator().manual_seed(len(bits))
     tables = (scale * trellis.start_tables()[torch.tensor(bits)]).round()
     numbers = (scale * torch.randn(len(bits), count, generator=generator)).round()

@@ -21,8 +21,8 @@ def poisoned_outputs():
 
 
 @pytest.mark.parametrize(("bits", "count", "scale"), [
-    ([8, 7, 6, 5, 4, 3, 2, 1, 1], 3, 100), ([1, 8, 3, 3, 2, 5], 2, 100), ([2, 2, 1, 1, 1, 1], 3, 2), ([4], 1, 10),
-    ([8, 3, 1], 2, 1e5), ([3], 0, 1),
+    ([8, 7, 6, 5, 4, 3, 2, 1, 1], 3, 100), ([1, 8, 3, 3, 2, 5], 2, 100), ([2, 2, 1, 1, 1, 1], 3, 0.6), ([4], 1, 10),
+    ([8, 3, 1], 2, 1e5), ([3, 2, 4, 1], 1, 0), ([3], 0, 1),
 ])
 def test_states_are_those_of_the_plain_search(bits, count, scale):
     triton_checks.check_search(bits, count, scale, "cpu")
