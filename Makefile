@@ -40,6 +40,7 @@ test: setup ## run all tests
 gpu-check: setup ## on a machine with a CUDA card: the tests that need one, then times, added to tests/benchmarks/results.csv
 	$(PYTHON) -m pytest -m gpu tests/gpu
 	$(PYTHON) -m tests.benchmarks.bench_attention --record
+	$(PYTHON) -m tests.benchmarks.bench_kernels --record
 
 lint: setup ## ruff and mypy
 	$(PYTHON) -m ruff check .

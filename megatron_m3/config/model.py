@@ -51,8 +51,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Share the input embedding with the output projection."""
     attention: Literal["torch", "triton", "reference"] = "torch"
-    """Attention backend: torch (fused library kernels, merged), triton (one kernel for trunk and memories, on CUDA),
-    or reference (plain, slow, the truth)."""
+    """Attention backend: torch (fused library kernels, merged), triton (one kernel for trunk and memories, and
+    kept tokens chosen without matrices of scores, on CUDA), or reference (plain, slow, the truth)."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 * num_layers)."""
 

@@ -30,7 +30,8 @@ def select_in_layer(
     preferred_GT = None
     if memory.spread > 1:
         preferred_GT = preferred_tokens(config, layer, *key_NTGD.shape[2:0:-1]).to(key_NTGD.device)
-    return select_tokens(query_NTHD, key_NTGD, lengths_N, num_kept, memory.selection, preferred_GT, value_NTGD)
+    return select_tokens(query_NTHD, key_NTGD, lengths_N, num_kept, memory.selection, preferred_GT, value_NTGD,
+                         config.model.attention)
 
 
 def preferred_tokens(config: Config, layer: int, num_local_heads: int, num_tokens: int) -> Tensor:

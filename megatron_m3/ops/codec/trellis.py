@@ -42,7 +42,14 @@ def search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
         numbers_TN: whole numbers, as float32; so sums of squares are exact and the result is the same everywhere.
         tables_TS: their tables in the same unit, whole numbers as well.
         bits: of each number, 1 to MAX_BITS.
+
+    Raises:
+        UnsupportedError: numbers on a CUDA device, and no Triton.
     """
+    if numbers_TN.is_cuda:
+        from megatron_m3.ops.codec import triton_trellis
+
+        return triton_trellis.search(numbers_TN, tables_TS, bits)
     if not numbers_TN.numel():
         return torch.zeros(numbers_TN.shape, dtype=torch.int64, device=numbers_TN.device)
     if numbers_TN.device.type == "cpu":

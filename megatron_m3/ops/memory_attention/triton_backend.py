@@ -19,7 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from megatron_m3.errors import UnsupportedError
 from megatron_m3.ops.memory_attention.triton_tiles import Tile, place_of, tiles_for
+from megatron_m3.ops.triton_support import load_kernels, need_device
 
+WHO, INSTEAD = "model.attention=triton", "use torch"
 MOST_NUMBERS = 2**31 - 2**20
 """Numbers of one sequence that 32-bit offsets reach, the rows that a block has beyond the last one included."""
 FEW_PROGRAMS = 512
@@ -37,11 +39,7 @@ def split_head(head_size: int) -> tuple[int, int]:
 @functools.cache
 def kernels() -> ModuleType:
     """The module that has all kernels: Triton is first imported when they are first needed."""
-    try:
-        from megatron_m3.ops.memory_attention import triton_backward
-    except ImportError as error:
-        raise UnsupportedError(f"model.attention=triton: Triton cannot be imported ({error}); use torch") from None
-    return triton_backward
+    return load_kernels("megatron_m3.ops.memory_attention.triton_backward", WHO, INSTEAD)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, memory_key: Tensor, memory_value: Tensor) -> None:
@@ -65,11 +63,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, memory_key: Tensor, memory
         )
     if heads % key.shape[2]:
         raise UnsupportedError(f"model.num_kv_heads={key.shape[2]}: must divide the {heads} query heads")
-    if not (query.is_cuda or kernels().INTERPRETED.value):
-        raise UnsupportedError(
-            f"model.attention=triton: tensors on {query.device.type}; the kernels need a CUDA device, or "
-            "TRITON_INTERPRET=1 in the environment; use torch"
-        )
+    kernels()
+    need_device(query, WHO, INSTEAD)
 
 
 def _rows(tensor: Tensor) -> Tensor:

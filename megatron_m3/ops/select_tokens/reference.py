@@ -1,6 +1,6 @@
-"""Which tokens of a reference an explicit memory keeps: the rule of section 3.2, written from the equation.
+"""How much attention the tokens of a reference receive: the rule of section 3.2, written from the equation.
 
-Letters: N references, T tokens of a reference, H query heads, G key-value heads, D head size, K kept tokens.
+Letters: N references, T tokens of a reference, H query heads, G key-value heads, D head size.
 """
 
 import itertools
@@ -33,6 +33,17 @@ def token_weights(
     Returns:
         Weights ``[N, G, T]`` in fp32, -inf at padding.
     """
+    T, H = query_NTHD.shape[1:3]
+    some = max(1, SCORES_AT_ONCE[query_NTHD.device.type] // (H * T * T or 1))
+    values = itertools.repeat(None) if value_NTGD is None else value_NTGD.split(some)
+    parts = zip(query_NTHD.split(some), key_NTGD.split(some), lengths_N.split(some), values, strict=False)
+    return torch.cat([_weights(query, key, lengths, rule, value) for query, key, lengths, value in parts])
+
+
+def _weights(
+    query_NTHD: Tensor, key_NTGD: Tensor, lengths_N: Tensor, rule: Rule, value_NTGD: Tensor | None
+) -> Tensor:
+    """The weights of few references, all scores at once."""
     N, T, H, D = query_NTHD.shape
     G = key_NTGD.shape[2]
     wide = torch.promote_types(query_NTHD.dtype, torch.float32)
@@ -50,37 +61,3 @@ def token_weights(
         weight_NGT = weight_NGT * value_NTGD.to(wide).norm(dim=-1).transpose(1, 2)
     # a missing reference has no valid key at all: its softmax is NaN and its weights are -inf
     return weight_NGT.masked_fill(~valid_NT[:, None, :], -torch.inf)
-
-
-@torch.no_grad()
-def select_tokens(
-    query_NTHD: Tensor,
-    key_NTGD: Tensor,
-    lengths_N: Tensor,
-    num_kept: int,
-    rule: Rule = "softmax",
-    preferred_GT: Tensor | None = None,
-    value_NTGD: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The ``num_kept`` tokens with the largest weight for each key-value head, in their order of position.
-
-    Equal weights are decided for the earlier token. A reference shorter than ``num_kept`` keeps what it has. With
-    ``preferred_GT`` (bool) a head takes tokens that it does not prefer only when there are no others.
-
-    Returns:
-        indices ``[N, G, K]``, ascending, 0 where nothing is kept; valid ``[N, K]``, False where nothing is kept.
-    """
-    T = query_NTHD.shape[1]
-    some = max(1, SCORES_AT_ONCE[query_NTHD.device.type] // (query_NTHD.shape[2] * T * T or 1))
-    values = itertools.repeat(None) if value_NTGD is None else value_NTGD.split(some)
-    parts = zip(query_NTHD.split(some), key_NTGD.split(some), lengths_N.split(some), values, strict=False)
-    weight_NGT = torch.cat([token_weights(query, key, lengths, rule, value) for query, key, lengths, value in parts])
-    order_NGT = weight_NGT.argsort(dim=-1, descending=True, stable=True)
-    if preferred_GT is not None:
-        # padding, whose weight is -inf, stays behind all tokens
-        later_NGT = (~preferred_GT).int() + weight_NGT.isneginf()
-        order_NGT = order_NGT.gather(-1, later_NGT.gather(-1, order_NGT).argsort(dim=-1, stable=True))
-    order_NGK = order_NGT[..., :num_kept]
-    valid_NK = torch.arange(order_NGK.shape[-1], device=lengths_N.device) < lengths_N[:, None]
-    kept_NGK = order_NGK.masked_fill(~valid_NK[:, None, :], T).sort(-1).values
-    return kept_NGK.masked_fill(~valid_NK[:, None, :], 0), valid_NK

@@ -1,0 +1,125 @@
+"""Kernels that write and read memories, each beside its floor, in one run on a CUDA device.
+
+    python -m tests.benchmarks.bench_kernels [--record]
+
+At m3-2b's shape: selection of a layer's tokens beside that layer's attention in the references, forward and backward;
+decoding of KLT28 into the slots of a cache beside a copy of the same bytes; and the search of KLT28's encoder, one
+head's codes, beside the same search by torch operations. ``--record`` adds the rows to ``results.csv``.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tests.benchmarks import results
+from tests.benchmarks.bench_attention import milliseconds
+
+SELECT_LIMIT = 0.10
+"""Time of selection against attention in the references."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is timed."""
+
+    name: str = "m3-2b"
+    references: int = 128
+    tokens: int = 128
+    heads: int = 40
+    kv_heads: int = 8
+    head_size: int = 80
+    layers: int = 22
+    kept: int = 8
+    coded: int = 112
+    """Numbers of a key and value that have 2 bits: KLT28."""
+
+
+def select_works(shape: Shape, device: str) -> tuple[str, dict[str, Callable[[], object]]]:
+    """Attention in references, and selection by each backend."""
+    from megatron_m3.ops.memory_attention import get_backend
+    from megatron_m3.ops.select_tokens import select_tokens
+
+    dtype, attend = torch.bfloat16, get_backend("triton").reference_attention
+    query, key, value = (torch.randn(shape.references, shape.tokens, heads, shape.head_size, device=device, dtype=dtype,
+                                     requires_grad=True) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
+    prefix = torch.randn(2, shape.references, 4, shape.kv_heads, shape.head_size, device=device, dtype=dtype)
+    lengths, grad = torch.full((shape.references,), shape.tokens, device=device), torch.randn_like(query)
+    works: dict[str, Callable[[], object]] = {
+        "floor": lambda: torch.autograd.grad(attend(query, key, value, *prefix), (query, key, value), grad)}
+    for backend in ("torch", "triton"):
+        works[backend] = lambda backend=backend: select_tokens(query, key, lengths, shape.kept, backend=backend)
+    return "select", works
+
+
+def decode_works(shape: Shape, device: str) -> tuple[str, dict[str, Callable[[], object]]]:
+    """A copy of keys and values, and their decoding."""
+    from megatron_m3.ops.codec import trellis
+    from megatron_m3.ops.codec.transform import TransformCode
+    from megatron_m3.ops.codec.triton_decode import SlotDecoder
+
+    held, size = torch.ones(shape.layers, shape.kv_heads, dtype=torch.bool), 2 * shape.head_size
+    count, square = int(held.sum()), torch.randn(held.numel(), size, size)
+    bits = 2 * (torch.arange(size) < shape.coded).expand(count, -1)
+    code = TransformCode(held.nonzero()[:, 1], torch.randn(count, size), square, square, bits.to(torch.uint8),
+                         torch.ones(count, size), trellis.start_tables())
+    decoder = SlotDecoder(code, torch.ones(shape.head_size // 2).double(), held, slice(None), shape.tokens, device)
+    codes = torch.randint(0, 256, (shape.references, count * shape.kept * shape.coded // 4), dtype=torch.uint8)
+    positions = torch.randint(0, shape.tokens, (shape.references, count, shape.kept), dtype=torch.int16)
+    records = [part.to(device) for part in (codes, positions, torch.full((shape.references,), shape.kept))]
+    place = torch.arange(shape.references)
+    placements = torch.stack([place, place // 4, place % 4 * shape.kept], 1).int().to(device)
+    out = torch.empty(shape.layers, 2, -(-shape.references // 4), shape.kv_heads, 4 * shape.kept, shape.head_size,
+                      device=device, dtype=torch.bfloat16)
+    other = torch.empty_like(out)
+    return "decode", {"floor": lambda: other.copy_(out), "triton": lambda: decoder.decode(*records, placements, out)}
+
+
+def search_works(shape: Shape, device: str) -> tuple[str, dict[str, Callable[[], object]]]:
+    """The search for one head's codes, by torch operations and by the kernel."""
+    from megatron_m3.ops.codec import trellis, triton_trellis
+
+    bits = [2] * (shape.layers * shape.coded)
+    tables = (100 * trellis.start_tables()[torch.tensor(bits)]).round().to(device)
+    numbers = (100 * torch.randn(len(bits), shape.references * shape.kept, device=device)).round()
+
+    def plain() -> None:
+        for part in numbers.split(trellis.CHUNK, dim=1):
+            trellis._search(part.contiguous(), tables, bits)
+
+    return "search", {"floor": plain, "triton": lambda: triton_trellis.search(numbers, tables, bits)}
+
+
+def rows(shape: Shape, device: str) -> Iterator[dict[str, object]]:
+    """A row for each work."""
+    torch.manual_seed(0)
+    for make in (select_works, decode_works, search_works):
+        name, works = make(shape, device)
+        times = {what: milliseconds(work, 5 if name == "search" else 50) for what, work in works.items()}
+        for what, (low, middle, high) in times.items():
+            yield {"shape": shape.name, "batch": shape.references, "tokens": shape.tokens, "what": what, "pass": name,
+                   "p20_ms": round(low, 4), "p50_ms": round(middle, 4), "p80_ms": round(high, 4),
+                   "ratio": round(middle / times["floor"][1], 3)}
+
+
+def main() -> None:
+    """Print times and ratios to the floors; exit with 1 where the limit is missed."""
+    if not torch.cuda.is_available():
+        print("these kernels are timed on a CUDA device; there is none")
+        return
+    missed, measured = False, list(rows(Shape(), "cuda"))
+    if "--record" in sys.argv:
+        results.append("kernels", measured)
+    for row in measured:
+        text = (f"{row['shape']} x {row['batch']} {row['pass']:<7} {row['what']:<7} p20 {row['p20_ms']:9.4f}  "
+                f"p50 {row['p50_ms']:9.4f}  p80 {row['p80_ms']:9.4f} ms   ratio {row['ratio']:7.3f}")
+        if (row["pass"], row["what"]) == ("select", "triton"):
+            missed |= row["ratio"] > SELECT_LIMIT
+            text += f"   limit {SELECT_LIMIT:.2f}   {'met' if row['ratio'] <= SELECT_LIMIT else 'MISSED'}"
+        print(text, flush=True)
+    sys.exit(missed)
+
+
+if __name__ == "__main__":
+    main()
