@@ -113,6 +113,9 @@ def read_request(body: bytes, serving: Serving) -> tuple[CompletionRequest, list
     """
     try:
         fields = json.loads(body)
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise RequestError("body: not Unicode (not UTF-8, or half a surrogate pair)") from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"body: not JSON ({error})") from None
     if not isinstance(fields, dict):
@@ -140,10 +143,7 @@ def _read_prompts(prompt: Any, serving: Serving) -> list[list[int]]:
     if not several or not (all(isinstance(one, str) for one in several) or all(map(_is_tokens, several))):
         raise RequestError("prompt: must be a text, a list of texts, or token ids", param="prompt")
     if isinstance(several[0], str):
-        try:
-            return loaded.tokenizer.encode_batch(several)
-        except UnicodeEncodeError:
-            raise RequestError("prompt: not Unicode (half a surrogate pair)", param="prompt") from None
+        return loaded.tokenizer.encode_batch(several)
     largest = loaded.config.model.vocab_size - 1
     if not all(0 <= token <= largest for one in several for token in one):
         raise RequestError(f"prompt: token ids must be from 0 to {largest}", param="prompt")

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from megatron_m3.inference.generation import Statistics
 
@@ -17,6 +17,7 @@ class Metrics:
     """Counters since the start, and gauges of now."""
 
     def __init__(self) -> None:
+        disable_created_metrics()
         self._registry = CollectorRegistry()
         self._steps: deque[tuple[float, int]] = deque()
         self.requests = Counter("m3_requests", "Requests for completions by HTTP status; 499: the client had gone.",

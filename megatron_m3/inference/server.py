@@ -63,7 +63,8 @@ def build_app(serving: Serving, service: Service) -> Starlette:
         Route("/health", server.health),
         Route("/metrics", server.metrics),
     ]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+    handlers = {HTTPException: _http_error, Exception: _own_error}
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -71,6 +72,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refused = RequestError(f"{request.method} {request.url.path}: {error.detail.lower()}", status=error.status_code)
     return JSONResponse(refused.body, error.status_code, headers=error.headers)
+
+
+async def _own_error(request: Request, error: Exception) -> Response:
+    """A fault of ours; its traceback is in the log."""
+    return JSONResponse(RequestError("the server met an error of its own; see its log", status=500).body, 500)
 
 
 class _ClientGoneError(Exception):
@@ -138,7 +144,7 @@ class _Work:
     def __init__(self, server: _Routes, request: Request, asked: CompletionRequest, prompts: list[list[int]]) -> None:
         """
         Raises:
-            RequestError: the line is full.
+            RequestError: the line is full, or too short for so many prompts.
         """
         self.request, self.asked, self.requests = request, asked, server.service.metrics.requests
         self.answer = Answer(request=asked, serving=server.serving)
@@ -155,6 +161,8 @@ class _Work:
             )
             for index, (prompt, draw) in enumerate(zip(prompts, draws(asked.sampling, prompts), strict=True))
         ]
+        if len(prompts) > server.service.queue:
+            raise RequestError(f"prompt: {len(prompts)} prompts; give at most {server.service.queue}", param="prompt")
         try:
             server.service.submit(self.tickets)
         except BusyError as error:

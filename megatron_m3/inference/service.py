@@ -174,10 +174,11 @@ class Service:
         ticket.written = len(one.tokens)
         if one.dropped:
             return False
-        reason: Reason | None = "stop" if writer.stopped or one.ended else None if one.goes_on else "length"
-        if reason:
-            one.dropped = True
+        reason: Reason | None = None
+        if writer.stopped or not one.goes_on:
             ticket.untold += writer.finish(one.tokens)
+            reason = "stop" if writer.stopped or one.ended else "length"
+            one.dropped = True
             self.metrics.request_seconds.observe(time.monotonic() - ticket.since)
         if reason or (ticket.in_pieces and ticket.untold):
             ticket.tell(Piece(ticket=ticket, text=ticket.untold, reason=reason))
