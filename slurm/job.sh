@@ -39,7 +39,7 @@ run() {
         wait "$step" && status=0 || status=$?
     done
     trap '' USR1 TERM
-    [ -z "$leaving" ] || requeue "its time was nearly up"
+    [ -z "$leaving" ] || [ "$TIME_UP" = end ] || requeue "its time was nearly up"
     ! is_preempted || requeue "was preempted"
     [ "$status" -ne 0 ] || exit 0
     [ "$status" -ne "$MISTAKE" ] || exit 2
