@@ -105,7 +105,7 @@ class CachePlan:
             self.values[layer] = _stacked(self.values[layer], other.values[layer], 2, columns, 0.0)
         columns = self.shape.prefix_length + self.shape.num_slots + widest
         self.mask_BT = _stacked(self.mask_BT, other.mask_BT, 1, columns, float("-inf"))
-        self.all_slots_valid = self.all_slots_valid and other.all_slots_valid
+        self._look_at_slots()
         self._have(self.lengths + other.lengths, widest)
 
     def only(self, rows: Sequence[int], max_context: int) -> None:

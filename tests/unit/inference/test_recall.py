@@ -160,7 +160,8 @@ def test_who_joins_a_batch_late_or_outlives_others_generates_what_it_does_alone(
     from megatron_m3.inference.sampling import Sampling, draws
 
     ahead = type(engine)(loaded, retriever, cold(loaded, retriever), prefetch_tokens=3)
-    prompts, counts = prompts_of(loaded, [19, 3, 8, 0]), [30, 26, 11, 20]
+    # when the second one joins the first, which reads nothing yet, it is as long
+    prompts, counts = prompts_of(loaded, [0, 5, 8, 19]), [30, 26, 11, 20]
     drawn = [draws(Sampling(temperature=row % 2), [prompt])[0] for row, prompt in enumerate(prompts)]
     whole = [Continuation(prompt=prompt, max_new_tokens=count, draw=draw)
              for prompt, count, draw in zip(prompts, counts, drawn, strict=True)]
@@ -176,10 +177,10 @@ def test_who_joins_a_batch_late_or_outlives_others_generates_what_it_does_alone(
         whole[0].dropped = True
         while batch.goes_on:
             batch.step()
-    assert len(whole[0].tokens) == 11
-    for row, one in enumerate(whole[1:], 1):
+    assert [len(one.tokens) for one in whole] == [11, *counts[1:]]
+    for row, one in enumerate(whole):
         sampling = Sampling(temperature=row % 2)
-        (alone,), _ = engine.generate_tokens([one.prompt], one.max_new_tokens, sampling, stop_at_eos=False)
+        (alone,), _ = engine.generate_tokens([one.prompt], len(one.tokens), sampling, stop_at_eos=False)
         found = ahead.generation(one)
         assert found.tokens == alone.tokens
         assert [[ref.id for ref in chunk.references] for chunk in found.chunks] == [
