@@ -3,7 +3,9 @@
 # run COMMAND...: run a step. When the time is nearly up (SIGUSR1), the step gets SIGUSR1, and once it has left, the job
 # goes back into the queue, to go on from what was saved. So does a job that is preempted, where Slurm itself sends
 # SIGTERM to the step, and to nothing else, and one whose step dies, M3_RETRIES times. A user's mistake ends it.
+# A script that sets TIME_UP=end instead ends well when its time is nearly up.
 M3_RETRIES="${M3_RETRIES:-3}"
+TIME_UP=requeue
 MISTAKE=250 # what slurm/task.sh makes of status 2
 leaving=""
 step=""
