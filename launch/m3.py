@@ -64,6 +64,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
     ),
     "Inference": (
         _job("generate", "launch.generate", "generate with recall every 64 tokens, showing the references read"),
+        _job("serve", "launch.serve", "the same over HTTP, as OpenAI's completions, for many at once"),
     ),
     "Conversion": (
         _job("convert from-hf", "ckpt_convert.from_hf", "a Hugging Face folder or a GGUF file to a checkpoint"),

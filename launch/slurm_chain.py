@@ -8,7 +8,8 @@
       tokens:
         script: data                # slurm/data.sbatch
         run: tokenize --input {output}/texts.jsonl --tokenizer {output}/tokenizer --output {output}/tokens
-        makes: tokens               # in the output: a folder finished when it has a manifest, or a file
+        makes: tokens               # in the output: a folder finished when it has a manifest, or a file; "" of a
+                                    # server, which is never finished, and is started anew when it has ended
         after: [tokenizer]
         slurm: {time: 30}           # sbatch options of this job
         array: news books           # one element for each word, which stands for @ in run and makes
@@ -43,7 +44,7 @@ class Step:
     script: str
     """Text of the sbatch script that is submitted."""
     makes: tuple[Path, ...]
-    """What it makes; all of them there and whole: it is finished."""
+    """What it makes; all of them there and whole: it is finished. Nothing: it is a server."""
     after: tuple[str, ...]
     """Steps that must be finished before it begins."""
     log: Path
@@ -54,7 +55,7 @@ class Step:
     @property
     def is_made(self) -> bool:
         """Whether everything that it makes is there and whole."""
-        return all(path.is_file() or (path / "manifest.json").is_file() for path in self.makes)
+        return bool(self.makes) and all(path.is_file() or (path / "manifest.json").is_file() for path in self.makes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,11 +202,12 @@ def _make_step(where: str, chain: str, name: str, text: _StepText, options: dict
         words = shlex.split(_fill(text.run, variables, f"{where}.run"))
     except ValueError as error:
         raise ConfigError(f"{where}.run: {error}") from None
-    makes = output / _fill(text.makes, variables, f"{where}.makes")
+    makes = _fill(text.makes, variables, f"{where}.makes")
+    made = [makes.replace("@", word) for word in array] or [makes]
     script = render(base.read_text(), options | own, words, array)
     digest = hashlib.sha256("\0".join([script, *(step.hash for step in before)]).encode()).hexdigest()
     return Step(name=name, script=script, after=text.after, log=log, hash=digest,
-                makes=tuple(Path(str(makes).replace("@", word)) for word in array) or (makes,))
+                makes=tuple(output / path for path in made if path))
 
 
 def render(base: str, options: Mapping[str, Any], words: Sequence[str], array: Sequence[str] = ()) -> str:

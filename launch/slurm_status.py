@@ -48,7 +48,7 @@ class Standing:
 
     step: str
     state: str
-    """finished, not submitted, or Slurm's word in small letters."""
+    """finished, ended (a server), not submitted, or Slurm's word in small letters."""
     job: str = ""
     why: str = ""
     """Why it waits or has failed."""
@@ -94,6 +94,8 @@ def stand(chain: Chain, step: Step, submitted: Submitted | None) -> Standing:
     if step.is_made and not active:
         return Standing(step=step.name, state="finished")
     state = joint_state(jobs)
+    if state in ("COMPLETED", GONE) and not step.makes:
+        return Standing(step=step.name, state="ended", job=submitted.job, why="submit the chain to start it anew")
     if state in ("COMPLETED", GONE):
         why = "Slurm has forgotten the job" if state == GONE else "ended well"
         missing = next((path for path in step.makes if not path.exists()), step.makes[0])
@@ -122,8 +124,8 @@ def explain(job: Job) -> str:
 
 def last_metrics(step: Step) -> dict[str, float] | None:
     """The last step that a training recorded beside its checkpoints."""
-    path = step.makes[0].parent / "metrics.jsonl"
-    if not path.is_file():
+    path = step.makes[0].parent / "metrics.jsonl" if step.makes else None
+    if path is None or not path.is_file():
         return None
     for line in reversed(path.read_text().splitlines()):
         try:

@@ -3,7 +3,9 @@
 # run COMMAND...: run a step. When the time is nearly up (SIGUSR1), the step gets SIGUSR1, and once it has left, the job
 # goes back into the queue, to go on from what was saved. So does a job that is preempted, where Slurm itself sends
 # SIGTERM to the step, and to nothing else, and one whose step dies, M3_RETRIES times. A user's mistake ends it.
+# A script that sets TIME_UP=end instead ends well when its time is nearly up.
 M3_RETRIES="${M3_RETRIES:-3}"
+TIME_UP=requeue
 MISTAKE=250 # what slurm/task.sh makes of status 2
 leaving=""
 step=""
@@ -39,7 +41,7 @@ run() {
         wait "$step" && status=0 || status=$?
     done
     trap '' USR1 TERM
-    [ -z "$leaving" ] || requeue "its time was nearly up"
+    [ -z "$leaving" ] || [ "$TIME_UP" = end ] || requeue "its time was nearly up"
     ! is_preempted || requeue "was preempted"
     [ "$status" -ne 0 ] || exit 0
     [ "$status" -ne "$MISTAKE" ] || exit 2

@@ -8,7 +8,7 @@ Q query heads of one kv head, D head size.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -89,7 +89,40 @@ class CachePlan:
         valid_BM = memories.valid_slots[:, 0]
         shown_BM = torch.zeros(valid_BM.shape, dtype=self.shape.dtype, device=self.shape.device)
         self.mask_BT[rows_B, slots] = shown_BM.masked_fill_(~valid_BM, float("-inf"))
-        self.all_slots_valid = not bool(torch.isinf(self.mask_BT[:, slots]).any())
+        self._look_at_slots()
+
+    def _look_at_slots(self) -> None:
+        first = self.shape.prefix_length
+        self.all_slots_valid = not bool(torch.isinf(self.mask_BT[:, first : first + self.shape.num_slots]).any())
+
+    def join(self, other: "CachePlan") -> None:
+        """Take the sequences of another cache of the same model behind one's own."""
+        assert other.shape.num_slots == self.shape.num_slots, "caches of different models"
+        widest = max(self.shape.max_context, other.shape.max_context)
+        for layer in range(self.shape.num_layers):
+            columns = self._first_context(layer) + widest
+            self.keys[layer] = _stacked(self.keys[layer], other.keys[layer], 2, columns, 0.0)
+            self.values[layer] = _stacked(self.values[layer], other.values[layer], 2, columns, 0.0)
+        columns = self.shape.prefix_length + self.shape.num_slots + widest
+        self.mask_BT = _stacked(self.mask_BT, other.mask_BT, 1, columns, float("-inf"))
+        self._look_at_slots()
+        self._have(self.lengths + other.lengths, widest)
+
+    def only(self, rows: Sequence[int], max_context: int) -> None:
+        """Forget all sequences but ``rows``, and context columns beyond ``max_context``."""
+        rows_B = torch.tensor(rows, device=self.shape.device)
+        for layer in range(self.shape.num_layers):
+            columns = self._first_context(layer) + max_context
+            self.keys[layer] = self.keys[layer][:, :, :columns][rows_B]
+            self.values[layer] = self.values[layer][:, :, :columns][rows_B]
+        self.mask_BT = self.mask_BT[:, : self.shape.prefix_length + self.shape.num_slots + max_context][rows_B]
+        self._look_at_slots()
+        self._have([self.lengths[row] for row in rows], max_context)
+
+    def _have(self, lengths: list[int], max_context: int) -> None:
+        self.shape = replace(self.shape, batch=len(lengths), max_context=max_context)
+        self.rows_B = torch.arange(len(lengths), device=self.shape.device)
+        self.lengths, self.lengths_B = lengths, torch.tensor(lengths, device=self.shape.device)
 
     def step(self) -> None:
         """Make room for one more token of every sequence; call it before each forward pass of one token."""
@@ -137,3 +170,13 @@ class CachePlan:
             attn_mask=self._mask(layer),
         )
         return out_BGQD.flatten(1, 2)[None]
+
+
+def _stacked(first: Tensor, second: Tensor, dim: int, size: int, fill: float) -> Tensor:
+    """The rows of two tensors, with ``fill`` behind their ends along ``dim``, up to ``size``."""
+    shape = list(first.shape)
+    shape[0], shape[dim] = len(first) + len(second), size
+    both = first.new_full(shape, fill)
+    for rows, part in ((both[: len(first)], first), (both[len(first) :], second)):
+        rows.narrow(dim, 0, part.shape[dim]).copy_(part)
+    return both

@@ -10,9 +10,9 @@ import torch
 from megatron_m3.errors import ConfigError
 from megatron_m3.inference.batch import Batch
 from megatron_m3.inference.forward import local_kv_heads, restricted_heads
-from megatron_m3.inference.generation import Generation, Statistics
+from megatron_m3.inference.generation import Continuation, Generation, Statistics
 from megatron_m3.inference.recall import Recall
-from megatron_m3.inference.sampling import Sampler, Sampling
+from megatron_m3.inference.sampling import Sampling, draws
 from megatron_m3.model.checkpoint import LoadedModel
 
 if TYPE_CHECKING:
@@ -86,14 +86,24 @@ class Engine:
             return [], Statistics()
         started = time.perf_counter()
         counts = replace(self.recall.source.counts) if self.recall else None
-        batch = Batch(self.loaded, self.recall, prompts, max_new_tokens, stop_at_eos=stop_at_eos,
-                      prefetch_tokens=self.prefetch_tokens)
-        sampler = Sampler(sampling or Sampling(), prompts)
-        logits_BV = batch.prefill()
-        while batch.append(sampler.choose(logits_BV)):
-            logits_BV = batch.step()
+        continuations = [Continuation(prompt=list(prompt), max_new_tokens=max_new_tokens, draw=draw)
+                         for prompt, draw in zip(prompts, draws(sampling or Sampling(), prompts), strict=True)]
+        batch = self.batch(continuations, stop_at_eos=stop_at_eos)
+        batch.prefill()
+        while batch.goes_on:
+            batch.step()
+        batch.statistics.generated_tokens = sum(len(one.tokens) for one in continuations)
         batch.statistics.total_seconds = time.perf_counter() - started
         if self.recall and counts:
             self.recall.finish()
             batch.statistics.count_reading(self.recall.source.counts.since(counts))
-        return batch.generations(), batch.statistics
+        return [self.generation(one) for one in continuations], batch.statistics
+
+    def batch(self, continuations: Sequence[Continuation], *, stop_at_eos: bool = True) -> Batch:
+        """Continuations that begin together; it is filled and stepped in :class:`torch.inference_mode`."""
+        return Batch(self.loaded, self.recall, continuations, stop_at_eos=stop_at_eos,
+                     prefetch_tokens=self.prefetch_tokens)
+
+    def generation(self, continuation: Continuation) -> Generation:
+        """What a continuation generated so far, as text."""
+        return continuation.generation(self.loaded.tokenizer, self.config.memory.chunk_length)

@@ -4,7 +4,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from megatron_m3.inference.sampling import Draw
     from megatron_m3.memory import ReadCounts
+    from megatron_m3.tokenizer import Tokenizer
+
+Part = Literal["prompt", "generated"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,7 @@ class ReadReference:
 class ChunkReading:
     """A chunk of the prompt or of the generated text, and what it read."""
 
-    part: Literal["prompt", "generated"]
+    part: Part
     first_token: int
     """Counted from the start of its part."""
     num_tokens: int
@@ -49,6 +53,40 @@ class Generation:
             for reference in chunk["references"]:
                 del reference["kept_positions"]
         return result
+
+
+@dataclass(kw_only=True, eq=False)
+class Continuation:
+    """A prompt that is being continued."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    draw: "Draw"
+    tokens: list[int] = field(default_factory=list)
+    """Generated so far, without EOS."""
+    ended: bool = False
+    """Whether EOS came."""
+    dropped: bool = False
+    """Whether nobody wants more of it."""
+    read: list[tuple[Part, int, list[ReadReference]]] = field(default_factory=list)
+    """Part, first token and references of each chunk."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another token is wanted."""
+        return not self.ended and not self.dropped and len(self.tokens) < self.max_new_tokens
+
+    def generation(self, tokenizer: "Tokenizer", chunk_length: int) -> Generation:
+        """What was generated so far."""
+        total = {"prompt": len(self.prompt), "generated": len(self.tokens)}
+        chunks = [
+            ChunkReading(part=part, first_token=first, num_tokens=min(chunk_length, total[part] - first),
+                         references=references)
+            for part, first, references in self.read
+            if first < total[part]
+        ]
+        return Generation(prompt=tokenizer.decode(self.prompt), text=tokenizer.decode(self.tokens), tokens=self.tokens,
+                          ended=self.ended, chunks=chunks)
 
 
 @dataclass(kw_only=True)

@@ -39,33 +39,56 @@ class Sampling:
             raise ConfigError(f"seed={self.seed}: must be 0 or more")
 
 
-class Sampler:
-    """Chooses one token a sequence a step. Equal prompts in one call get different streams."""
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """How one sequence's next tokens are chosen."""
 
-    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]]) -> None:
-        self.sampling = sampling
-        seen: Counter[tuple[int, ...]] = Counter()
-        self.streams: list[np.random.Generator] = []
-        for prompt in prompts:
-            key = tuple(prompt)
-            digest = zlib.crc32(np.asarray(key, dtype=np.int64).tobytes())
-            self.streams.append(np.random.default_rng([sampling.seed, digest, len(key), seen[key]]))
-            seen[key] += 1
+    sampling: Sampling
+    stream: np.random.Generator
+    """Its random numbers; one is drawn for each token unless greedy."""
 
-    def choose(self, logits_BV: Tensor) -> Tensor:
-        """The next token ids, int64 [B]; one number is drawn from every stream unless greedy."""
-        if self.sampling.temperature == 0.0:
-            return logits_BV.argmax(-1)
-        whole_BV = (logits_BV.double() / self.sampling.temperature).softmax(-1)
-        probability_BV, token_BV = whole_BV.sort(dim=-1, descending=True, stable=True)
-        if self.sampling.top_k:
-            probability_BV[:, self.sampling.top_k :] = 0
-            probability_BV /= probability_BV.sum(-1, keepdim=True)
-        before_BV = probability_BV.cumsum(-1) - probability_BV
-        probability_BV[before_BV >= self.sampling.top_p] = 0
-        cumulative_BV = probability_BV.cumsum(-1)
-        drawn = torch.tensor([[stream.random()] for stream in self.streams], dtype=torch.float64)
-        target_B1 = drawn.to(cumulative_BV.device) * cumulative_BV[:, -1:]
-        rank_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-        rank_B1 = rank_B1.minimum((probability_BV > 0).sum(-1, keepdim=True) - 1)
-        return token_BV.gather(1, rank_B1)[:, 0]
+
+def draws(sampling: Sampling, prompts: Sequence[Sequence[int]]) -> list[Draw]:
+    """One :class:`Draw` a prompt. Equal prompts in one call get different streams."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    found = []
+    for prompt in prompts:
+        key = tuple(prompt)
+        digest = zlib.crc32(np.asarray(key, dtype=np.int64).tobytes())
+        stream = np.random.default_rng([sampling.seed, digest, len(key), seen[key]])
+        found.append(Draw(sampling=sampling, stream=stream))
+        seen[key] += 1
+    return found
+
+
+def choose(logits_BV: Tensor, draw_of: Sequence[Draw]) -> Tensor:
+    """The next token ids, int64 [B], each as its sequence's draw says."""
+    groups: dict[tuple[float, int, float], list[int]] = {}
+    for row, draw in enumerate(draw_of):
+        settings = draw.sampling
+        groups.setdefault((settings.temperature, settings.top_k, settings.top_p), []).append(row)
+    if len(groups) == 1:
+        return _choose_alike(logits_BV, draw_of)
+    token_B = torch.empty(len(draw_of), dtype=torch.long, device=logits_BV.device)
+    for rows in groups.values():
+        token_B[rows] = _choose_alike(logits_BV[rows], [draw_of[row] for row in rows])
+    return token_B
+
+
+def _choose_alike(logits_BV: Tensor, draw_of: Sequence[Draw]) -> Tensor:
+    sampling = draw_of[0].sampling
+    if sampling.temperature == 0.0:
+        return logits_BV.argmax(-1)
+    whole_BV = (logits_BV.double() / sampling.temperature).softmax(-1)
+    probability_BV, token_BV = whole_BV.sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k:
+        probability_BV[:, sampling.top_k :] = 0
+        probability_BV /= probability_BV.sum(-1, keepdim=True)
+    before_BV = probability_BV.cumsum(-1) - probability_BV
+    probability_BV[before_BV >= sampling.top_p] = 0
+    cumulative_BV = probability_BV.cumsum(-1)
+    drawn = torch.tensor([[draw.stream.random()] for draw in draw_of], dtype=torch.float64)
+    target_B1 = drawn.to(cumulative_BV.device) * cumulative_BV[:, -1:]
+    rank_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
+    rank_B1 = rank_B1.minimum((probability_BV > 0).sum(-1, keepdim=True) - 1)
+    return token_BV.gather(1, rank_B1)[:, 0]

@@ -35,16 +35,16 @@ def folder(tmp_path_factory):
 
 def generate_alone(folder, bank):
     """What one process generates, which is not what it does without memory."""
-    from launch.generate import GenerateOptions, build_engine
+    from launch.engine import EngineOptions, build_engine
     from tests.tiny_model import sentence
 
     options = {"checkpoint": str(folder / "run"), "references": str(folder / "references"),
-               "index": str(folder / "index"), "prompt": ""}
+               "index": str(folder / "index")}
     prompts = [sentence(seed, 9) for seed in range(3)]
     with joined_world():
-        engine = build_engine(GenerateOptions(**options, bank=str(folder / bank)))
+        engine = build_engine(EngineOptions(**options, bank=str(folder / bank)))
         found, _ = engine.generate(prompts, 20, stop_at_eos=False)
-        plain, _ = build_engine(GenerateOptions(checkpoint=str(folder / "run"), no_memory=True, prompt="")).generate(
+        plain, _ = build_engine(EngineOptions(checkpoint=str(folder / "run"), no_memory=True)).generate(
             prompts, 20, stop_at_eos=False)
     tokens = [one.tokens for one in found]
     assert tokens != [one.tokens for one in plain]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 
 from megatron_m3.model.checkpoint import list_checkpoints
 from tests.slurm_cluster import slurm_cluster, wait_until, why_not
@@ -242,6 +243,45 @@ def test_a_failed_step_is_told_and_mended(cluster, tmp_path):
     assert {step["done"] for step in second.values()} == {"submitted"}
     cluster.wait_for(second["tokens"]["job"], "COMPLETED")
     assert {one["state"] for one in m3(cluster, "status", file, output).values()} == {"finished"}
+
+
+SERVER = """\
+name: service
+output: nowhere
+variables: {made: nowhere}
+steps:
+  server:
+    script: serve
+    run: >-
+      --checkpoint {made}/continual --references {made}/references --index {made}/index --bank {made}/bank
+      --address-file {output}/address
+    makes: ""
+"""
+
+
+def test_a_server_tells_where_it_listens_and_ends_well_when_its_time_is_up(cluster, chain, tmp_path):
+    (tmp_path / "chain.yaml").write_text(SERVER)
+    address, words = tmp_path / "run" / "address", (cluster, str(tmp_path / "chain.yaml"), tmp_path / "run")
+
+    def server(job):
+        return m3(words[0], job, *words[1:], made=chain[0])["server"]
+
+    job = server("submit")["job"]
+    wait_until(lambda: address.exists() or not cluster.wait_for(job, "PENDING", "RUNNING"), "it does not listen")
+    where = f"http://{address.read_text().strip()}"
+    assert server("submit")["done"] == "left alone"
+    status = server("status")
+    assert (status["state"], status["line"].split(" (")[0]) == ("running", f"serving continual at {where}")
+    answer = requests.post(f"{where}/v1/completions", json={"prompt": "a kind of bird", "memories": True}, timeout=60)
+    assert answer.json()["choices"][0]["memories"][0]["references"]
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm sends before the time is up
+    assert cluster.wait_for(job, "COMPLETED")["ExitCode"] == "0:0"
+    assert not address.exists()
+    assert server("status")["state"] == "ended"
+    again = server("submit")
+    assert again["done"] == "submitted"
+    cluster.run("scancel", again["job"])
+    cluster.wait_for(again["job"], "CANCELLED")
 
 
 def test_nothing_is_left_of_the_cluster():

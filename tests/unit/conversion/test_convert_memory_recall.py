@@ -90,10 +90,10 @@ def load(path: Path) -> Any:
 
 def engine_of(folder: Path, family: str, bank: Path) -> Any:
     """What ``m3 generate`` runs."""
-    from launch.generate import GenerateOptions, build_engine
+    from launch.engine import EngineOptions, build_engine
 
-    return build_engine(GenerateOptions(checkpoint=str(folder / family / "run"), references=str(folder / "references"),
-                                        index=str(folder / "index"), bank=str(bank), prompt=""))
+    return build_engine(EngineOptions(checkpoint=str(folder / family / "run"), references=str(folder / "references"),
+                                      index=str(folder / "index"), bank=str(bank)))
 
 
 def knowledge(folder: Path) -> dict[str, str]:

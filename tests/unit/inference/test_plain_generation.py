@@ -100,14 +100,14 @@ def test_samples_depend_on_seed_and_prompt_and_not_on_the_batch(engine):
 
 
 def test_sampled_frequencies_are_the_filtered_probabilities():
-    from megatron_m3.inference.sampling import Sampler, Sampling
+    from megatron_m3.inference.sampling import Sampling, choose, draws
 
     logits = torch.tensor([3.0, 1.0, 2.0, -1.0, 0.0])
-    draws = 4000
+    count = 4000
 
     def frequencies(**options):
-        sampler = Sampler(Sampling(temperature=1.5, seed=1, **options), [[0]] * draws)
-        return torch.bincount(sampler.choose(logits.expand(draws, 5)), minlength=5) / draws
+        drawn = draws(Sampling(temperature=1.5, seed=1, **options), [[0]] * count)
+        return torch.bincount(choose(logits.expand(count, 5), drawn), minlength=5) / count
 
     whole = (logits / 1.5).softmax(-1)
     torch.testing.assert_close(frequencies(), whole, atol=0.03, rtol=0)

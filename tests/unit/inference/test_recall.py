@@ -155,6 +155,39 @@ def test_a_batch_equals_its_prompts_one_by_one(loaded, engine):
         ]
 
 
+def test_who_joins_a_batch_late_or_outlives_others_generates_what_it_does_alone(loaded, retriever, engine):
+    from megatron_m3.inference.generation import Continuation
+    from megatron_m3.inference.sampling import Sampling, draws
+
+    ahead = type(engine)(loaded, retriever, cold(loaded, retriever), prefetch_tokens=3)
+    # when the second one joins the first, which reads nothing yet, it is as long
+    prompts, counts = prompts_of(loaded, [0, 5, 8, 19]), [30, 26, 11, 20]
+    drawn = [draws(Sampling(temperature=row % 2), [prompt])[0] for row, prompt in enumerate(prompts)]
+    whole = [Continuation(prompt=prompt, max_new_tokens=count, draw=draw)
+             for prompt, count, draw in zip(prompts, counts, drawn, strict=True)]
+    with torch.inference_mode():
+        batch = ahead.batch(whole[:1], stop_at_eos=False)
+        batch.prefill()
+        for late in (whole[1:2], whole[2:]):
+            for _ in range(5):
+                batch.step()
+            joining = ahead.batch(late, stop_at_eos=False)
+            joining.prefill()
+            batch.join(joining)
+        whole[0].dropped = True
+        while batch.goes_on:
+            batch.step()
+    assert [len(one.tokens) for one in whole] == [11, *counts[1:]]
+    for row, one in enumerate(whole):
+        sampling = Sampling(temperature=row % 2)
+        (alone,), _ = engine.generate_tokens([one.prompt], len(one.tokens), sampling, stop_at_eos=False)
+        found = ahead.generation(one)
+        assert found.tokens == alone.tokens
+        assert [[ref.id for ref in chunk.references] for chunk in found.chunks] == [
+            [ref.id for ref in chunk.references] for chunk in alone.chunks
+        ]
+
+
 def test_every_chunk_says_what_it_read(loaded, retriever, engine):
     prompts = prompts_of(loaded, [19])
     (one,), statistics = engine.generate_tokens(prompts, 20, stop_at_eos=False)

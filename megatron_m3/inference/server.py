@@ -1,0 +1,227 @@
+"""HTTP in front of a service: OpenAI's completions, whole or as a stream, and what an operator asks."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Generator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from megatron_m3.inference.completions import Answer, CompletionRequest, RequestError, Serving, read_request
+from megatron_m3.inference.generation import Continuation
+from megatron_m3.inference.sampling import draws
+from megatron_m3.inference.service import BusyError, Piece, Service, Ticket
+from megatron_m3.inference.writer import Writer
+
+MAX_BODY_BYTES = 1 << 24
+REPORT_SECONDS = 60.0
+GONE = 499
+"""Status, in the metrics alone, of a request whose client left before its answer."""
+
+
+class Server(uvicorn.Server):
+    """Answers at listening sockets, given to :meth:`run`, until :meth:`leave`. Signals are the caller's business."""
+
+    def __init__(self, serving: Serving, service: Service, *, leave_seconds: int) -> None:
+        """Closes the service in the end; requests that then take longer than ``leave_seconds`` are cut off."""
+        super().__init__(uvicorn.Config(build_app(serving, service), log_level="warning", access_log=False,
+                                        timeout_graceful_shutdown=leave_seconds))
+        service.on_failure = self.leave
+
+    def leave(self) -> None:
+        """Take no more requests, finish those that run or wait, and return from :meth:`run`."""
+        self.should_exit = True
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Nothing: uvicorn's handlers would end the process by the signal."""
+        yield
+
+
+def build_app(serving: Serving, service: Service) -> Starlette:
+    """The routes of a server over a running service, which is closed when the server leaves."""
+    server = _Routes(serving, service)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        reporting = asyncio.create_task(server.report())
+        yield
+        reporting.cancel()
+        await run_in_threadpool(service.close)
+
+    routes = [
+        Route("/v1/completions", server.complete, methods=["POST"]),
+        Route("/v1/models", server.models),
+        Route("/health", server.health),
+        Route("/metrics", server.metrics),
+    ]
+    handlers = {HTTPException: _http_error, Exception: _own_error}
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    refused = RequestError(f"{request.method} {request.url.path}: {error.detail.lower()}", status=error.status_code)
+    return JSONResponse(refused.body, error.status_code, headers=error.headers)
+
+
+async def _own_error(request: Request, error: Exception) -> Response:
+    """A fault of ours; its traceback is in the log."""
+    return JSONResponse(RequestError("the server met an error of its own; see its log", status=500).body, 500)
+
+
+class _ClientGoneError(Exception):
+    """Nobody waits for the answer."""
+
+
+class _Routes:
+    def __init__(self, serving: Serving, service: Service) -> None:
+        self.serving, self.service = serving, service
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self.serving.model()]})
+
+    async def health(self, request: Request) -> Response:
+        well = self.service.failure is None
+        return JSONResponse({"status": "ok" if well else "failed"}, 200 if well else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        return PlainTextResponse(self.service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def report(self) -> None:
+        """A line in the log now and then, if there was work."""
+        metrics, before = self.service.metrics, 0.0
+        while True:
+            await asyncio.sleep(REPORT_SECONDS)
+            tokens = metrics.value("m3_generated_tokens_total")
+            if tokens > before:
+                running, waiting = metrics.value("m3_batch_size"), metrics.value("m3_waiting_prompts")
+                print(f"{tokens - before:,.0f} tokens in {REPORT_SECONDS:.0f} s, {tokens:,.0f} in all | "
+                      f"{running:.0f} prompts run, {waiting:.0f} wait | "
+                      f"{metrics.value('m3_memories_read_total'):,.0f} memories read", file=sys.stderr, flush=True)
+            before = tokens
+
+    async def complete(self, request: Request) -> Response:
+        count = self.service.metrics.requests
+        try:
+            body = await _read_body(request)
+            asked, prompts = await run_in_threadpool(read_request, body, self.serving)
+            work = _Work(self, request, asked, prompts)
+            if asked.stream:
+                return StreamingResponse(work.stream(), headers={"Cache-Control": "no-cache"},
+                                         media_type="text/event-stream")
+            answer: Response = JSONResponse(await work.whole())
+        except RequestError as error:
+            headers = {"Retry-After": "1"} if error.status == 429 else None
+            answer = JSONResponse(error.body, error.status, headers=headers)
+        except (_ClientGoneError, ClientDisconnect):
+            answer = Response(status_code=GONE)
+        count.labels(answer.status_code).inc()
+        return answer
+
+
+async def _read_body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise RequestError(f"body: more than {MAX_BODY_BYTES:,} bytes; shorten it", status=413)
+    return bytes(body)
+
+
+class _Work:
+    """The prompts of one request, while the service has them. What the client does not wait for is dropped."""
+
+    def __init__(self, server: _Routes, request: Request, asked: CompletionRequest, prompts: list[list[int]]) -> None:
+        """
+        Raises:
+            RequestError: the line is full, or too short for so many prompts.
+        """
+        self.request, self.asked, self.requests = request, asked, server.service.metrics.requests
+        self.answer = Answer(request=asked, serving=server.serving)
+        self.news: asyncio.Queue[Piece | None] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        tokenizer = server.serving.engine.loaded.tokenizer
+        self.tickets = [
+            Ticket(
+                index=index,
+                continuation=Continuation(prompt=prompt, max_new_tokens=asked.max_tokens, draw=draw),
+                writer=Writer(tokenizer, asked.stop),
+                tell=self._tell,
+                in_pieces=asked.stream,
+            )
+            for index, (prompt, draw) in enumerate(zip(prompts, draws(asked.sampling, prompts), strict=True))
+        ]
+        if len(prompts) > server.service.queue:
+            raise RequestError(f"prompt: {len(prompts)} prompts; give at most {server.service.queue}", param="prompt")
+        try:
+            server.service.submit(self.tickets)
+        except BusyError as error:
+            raise RequestError(str(error), status=429, code="queue_full") from None
+
+    def _tell(self, piece: Piece) -> None:
+        self.loop.call_soon_threadsafe(self.news.put_nowait, piece)
+
+    async def _choices(self) -> AsyncIterator[dict[str, Any]]:
+        """Pieces of the answer as they come, until every prompt has its last one."""
+        watching = asyncio.create_task(self._watch())
+        left = len(self.tickets)
+        try:
+            while left:
+                piece = await self.news.get()
+                if piece is None:
+                    raise _ClientGoneError
+                if piece.reason == "failed":
+                    raise RequestError(piece.error, status=500)
+                left -= piece.reason is not None
+                yield self.answer.choice(piece.ticket.index, piece.text, piece.reason, piece.ticket.continuation)
+        finally:
+            watching.cancel()
+            self._drop()
+
+    async def _watch(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self._drop()
+        self.news.put_nowait(None)
+
+    def _drop(self) -> None:
+        for ticket in self.tickets:
+            ticket.dropped = True
+
+    def _continuations(self) -> list[Continuation]:
+        return [ticket.continuation for ticket in self.tickets]
+
+    async def whole(self) -> dict[str, Any]:
+        choices = [choice async for choice in self._choices()]
+        return self.answer.message(sorted(choices, key=lambda choice: choice["index"]), self._continuations())
+
+    async def stream(self) -> AsyncIterator[str]:
+        status = GONE
+        try:
+            async for choice in self._choices():
+                yield _event(self.answer.message([choice]))
+            if self.asked.stream_options.include_usage:
+                yield _event(self.answer.message([], self._continuations()))
+            yield "data: [DONE]\n\n"
+            status = 200
+        except RequestError as error:
+            status = error.status
+            yield _event(error.body)
+        except _ClientGoneError:
+            pass
+        finally:
+            self.requests.labels(status).inc()
+
+
+def _event(message: dict[str, Any]) -> str:
+    return f"data: {json.dumps(message)}\n\n"

@@ -1,0 +1,294 @@
+"""m3 serve from a checkpoint on disk: what OpenAI's clients ask and get, for several at once, and how it leaves."""
+
+import dataclasses
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+
+from launch.m3 import main
+from launch.serve import ServeOptions, bind, open_serving
+from megatron_m3.errors import M3Error
+from tests.knowledge import build_knowledge
+from tests.launcher import ROOT
+from tests.slurm_cluster import wait_until
+from tests.tiny_model import joined_world, sentence, tiny_model
+
+LONG = 220
+"""Tokens that nearly fill the context of 256."""
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Options of a checkpoint with its bank; the world stays joined."""
+    from megatron_m3.model.checkpoint import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("serve")
+    with joined_world():
+        loaded = tiny_model(folder, data__sequence_length="256")
+        data = dataclasses.replace(loaded.config.data, tokenizer=str(folder / "tokenizer"))
+        save_checkpoint(folder / "run", 7, [loaded.model], dataclasses.replace(loaded.config, data=data))
+        made = build_knowledge(folder, folder / "tokenizer", count=40, words=10, reference_length=16)
+        options = {"checkpoint": str(folder / "run"), "references": str(made["references"])}
+        main(["bank", "build", "--output", str(folder / "bank"), "--codec", "none",
+              *(word for name, value in options.items() for word in (f"--{name}", value))])
+        yield options | {"index": str(made["index"]), "bank": str(folder / "bank")}
+
+
+class Client:
+    """Asks a server on this machine."""
+
+    def __init__(self, address):
+        self.address = f"http://{address}"
+
+    def ask(self, **fields):
+        return requests.post(f"{self.address}/v1/completions", json=fields, timeout=120)
+
+    def choices(self, **fields):
+        answer = self.ask(**fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"]
+
+    def stream(self, **fields):
+        """The messages of a stream, one by one; closing the generator closes the connection."""
+        with requests.post(f"{self.address}/v1/completions", json=fields | {"stream": True}, stream=True,
+                           timeout=120) as answer:
+            assert answer.status_code == 200, answer.text
+            for line in answer.iter_lines(chunk_size=1):
+                if line:
+                    told = line.decode().removeprefix("data: ")
+                    yield told if told == "[DONE]" else json.loads(told)
+
+    def metric(self, name):
+        lines = requests.get(f"{self.address}/metrics", timeout=120).text.splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+
+
+@pytest.fixture(scope="module")
+def client(given):
+    """Of a server in this process: two prompts run, three wait."""
+    from megatron_m3.inference.metrics import Metrics
+    from megatron_m3.inference.server import Server
+    from megatron_m3.inference.service import Service
+
+    serving = open_serving(ServeOptions(**given))
+    server = Server(serving, Service(serving.engine, Metrics(), batch=2, queue=3), leave_seconds=5)
+    with bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield Client(f"127.0.0.1:{listener.getsockname()[1]}")
+        server.leave()
+        thread.join()
+
+
+@pytest.fixture
+def generate(given, capsys):
+    """Text and chunks of ``m3 generate``."""
+
+    def generate(*words, memory=True):
+        capsys.readouterr()
+        options = given if memory else {"checkpoint": given["checkpoint"]}
+        main(["generate", *(word for name, value in options.items() for word in (f"--{name}", value)),
+              *([] if memory else ["--no-memory"]), "--json", *words])
+        return json.loads(capsys.readouterr().out)["results"][0]
+
+    return generate
+
+
+def test_a_completion_is_what_m3_generate_writes_and_shows_what_it_read(client, generate):
+    prompt = sentence(3, 12)
+    expected = generate("--prompt", prompt, "--max-new-tokens", "20")
+    answer = client.ask(prompt=prompt, max_tokens=20, temperature=0, memories=True).json()
+    (choice,) = answer["choices"]
+    assert choice["text"] == expected["text"]
+    assert choice["memories"] == expected["chunks"]
+    assert choice["memories"][0]["references"][0]["text"]
+    assert choice["finish_reason"] == "length"
+    assert answer["usage"] == {"prompt_tokens": 12, "completion_tokens": 20, "total_tokens": 32}
+    assert "memories" not in client.choices(prompt=prompt, max_tokens=20, temperature=0)[0]
+    drawn = generate("--prompt", prompt, "--max-new-tokens", "20", "--temperature", "0.8", "--top-p", "0.9",
+                     "--seed", "5")
+    options = {"prompt": prompt, "max_tokens": 20, "temperature": 0.8, "top_p": 0.9, "seed": 5}
+    assert client.choices(**options)[0]["text"] == drawn["text"] != expected["text"]
+    twice = client.choices(**options | {"prompt": [prompt, prompt]})
+    assert twice[0]["text"] == drawn["text"] != twice[1]["text"]
+
+
+def test_a_prompt_joins_a_running_batch_and_is_done_before_it(client):
+    long = {"prompt": sentence(1, 9), "max_tokens": LONG, "temperature": 0}
+    shorts = [{"prompt": sentence(seed, 3 + seed), "max_tokens": 12, "temperature": temperature, "seed": 1}
+              for seed, temperature in ((2, 0), (5, 1.0))]
+    alone = [client.choices(**one)[0]["text"] for one in (long, *shorts)]
+    steps, tokens = client.metric("m3_steps_total"), client.metric("m3_generated_tokens_total")
+    stream = client.stream(**long)
+    pieces = [next(stream)["choices"][0]["text"]]
+    for short, text in zip(shorts, alone[1:], strict=True):
+        assert client.choices(**short)[0]["text"] == text
+    assert client.metric("m3_batch_size") > 0, "the long one goes on"
+    pieces += [told["choices"][0]["text"] for told in stream if told != "[DONE]"]
+    assert "".join(pieces) == alone[0]
+    assert client.metric("m3_generated_tokens_total") - tokens == LONG + 24
+    # a prefill of each short one, and no step of its own
+    assert client.metric("m3_steps_total") - steps == LONG + 2
+
+
+def test_a_stream_ends_with_reason_memories_and_usage(client):
+    options = {"prompt": [sentence(6, 5), sentence(7, 20)], "max_tokens": 17, "temperature": 0, "memories": True}
+    expected = client.ask(**options).json()
+    *messages, usage, done = client.stream(**options, stream_options={"include_usage": True})
+    assert (done, usage["choices"], usage["usage"]) == ("[DONE]", [], expected["usage"])
+    for index, choice in enumerate(expected["choices"]):
+        pieces = [told["choices"][0] for told in messages if told["choices"][0]["index"] == index]
+        assert len(pieces) > 3
+        assert "".join(piece["text"] for piece in pieces) == choice["text"]
+        assert [piece["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + [choice["finish_reason"]]
+        assert pieces[-1]["memories"] == choice["memories"]
+
+
+def test_a_stop_text_ends_a_completion_and_is_left_out(client):
+    for seed in range(20):  # until it writes more than halves of characters
+        options = {"prompt": sentence(seed, 12), "max_tokens": 24, "temperature": 0}
+        text = client.choices(**options)[0]["text"]
+        if text[:16].isascii() and len(text) > 16:
+            break
+    stop = text[9:13]
+    before = text[: text.index(stop)]
+    answer = client.ask(**options, stop=["never there", stop]).json()
+    assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == (before, "stop")
+    assert answer["usage"]["completion_tokens"] < 24
+    pieces = [told["choices"][0]["text"] for told in client.stream(**options, stop=stop) if told != "[DONE]"]
+    assert "".join(pieces) == before
+
+
+def test_a_full_line_refuses_and_who_leaves_makes_room(client):
+    tokens = client.metric("m3_generated_tokens_total")
+    running = client.stream(prompt=[sentence(1, 9), sentence(2, 9)], max_tokens=LONG, temperature=0)
+    next(running)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.choices, prompt=[sentence(3, 9)] * 2, max_tokens=2)
+        wait_until(lambda: client.metric("m3_waiting_prompts") == 2, "nobody waits")
+        refused = client.ask(prompt=["a", "b"])
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert "2 prompts wait already, of at most 3" in refused.json()["error"]["message"]
+        running.close()
+        assert len(waiting.result()) == 2
+    wait_until(lambda: client.metric("m3_batch_size") == 0, "who left still runs")
+    assert client.metric("m3_generated_tokens_total") - tokens < 2 * LONG
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "reason"),
+    [
+        ({"prompt": "a", "max_tokens": 255}, 400, "max_tokens", "the prompt leaves 254 of the context's 256 tokens"),
+        ({"prompt": sentence(1, 300)}, 400, "prompt", "300 tokens; the context holds 256"),
+        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "at least 1"),
+        ({"prompt": ["a"] * 4}, 400, "prompt", "at most 3"),
+        ({"prompt": {"a": 1}}, 400, "prompt", "must be a text"),
+        ({"prompt": [5, 512]}, 400, "prompt", "from 0 to 511"),
+        ({"prompt": "a", "temperature": -1}, 400, "temperature", "must be 0"),
+        ({"prompt": "a", "top_p": "x"}, 400, "top_p", "must be a number"),
+        ({"prompt": "a", "stop": ["a"] * 5}, 400, "stop", "at most 4"),
+        ({"prompt": "a", "n": 2}, 400, "n", "not supported"),
+        ({"prompt": "a", "wat": 2}, 400, "wat", "unknown field"),
+        ({"prompt": "a", "model": "other"}, 404, "model", "run is"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_by_name(client, fields, status, param, reason):
+    answer = client.ask(**fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error")
+    assert reason in error["message"]
+    assert "\n" not in error["message"]
+
+
+def test_bad_bodies_and_paths_are_refused_in_the_same_shape(client):
+    for body in (b"{", b"[]", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"[" * 200_000):
+        answer = requests.post(f"{client.address}/v1/completions", data=body, timeout=120)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert requests.get(f"{client.address}/v1/completions", timeout=120).status_code == 405
+    missing = requests.get(f"{client.address}/nowhere", timeout=120)
+    assert missing.json()["error"]["message"] == "GET /nowhere: not found"
+
+
+def test_what_clients_and_operators_ask(client):
+    (model,) = requests.get(f"{client.address}/v1/models", timeout=120).json()["data"]
+    assert (model["id"], model["max_model_len"], model["references"]) == ("run", 256, 40)
+    assert requests.get(f"{client.address}/health", timeout=120).json() == {"status": "ok"}
+    before = {name: client.metric(name) for name in ("m3_memories_read_total", "m3_memory_cache_hits_total",
+                                                     'm3_requests_total{status="200"}')}
+    client.choices(prompt=[5, 6, 7], max_tokens=3, model="run", n=1, user="me")
+    client.choices(prompt=sentence(3, 12), max_tokens=1)
+    assert all(client.metric(name) > value for name, value in before.items())
+
+
+def test_a_damaged_bank_fails_who_reads_it_and_an_error_of_ours_ends_the_service(given, tmp_path):
+    from megatron_m3.inference.generation import Continuation
+    from megatron_m3.inference.metrics import Metrics
+    from megatron_m3.inference.sampling import Sampling, draws
+    from megatron_m3.inference.service import BusyError, Service, Ticket
+    from megatron_m3.inference.writer import Writer
+
+    bank = shutil.copytree(given["bank"], tmp_path / "bank")
+    engine = open_serving(ServeOptions(**given | {"bank": str(bank)})).engine
+    for shard in bank.glob("*.bin"):
+        os.truncate(shard, 10)
+    service, told, ended = Service(engine, Metrics(), batch=2, queue=2), queue.SimpleQueue(), threading.Event()
+    service.on_failure = ended.set
+
+    def submit(prompt):
+        [draw] = draws(Sampling(), [prompt])
+        service.submit([Ticket(index=0, continuation=Continuation(prompt=prompt, max_new_tokens=2, draw=draw),
+                               writer=Writer(engine.loaded.tokenizer), tell=told.put, in_pieces=False)])
+        return told.get(timeout=120)
+
+    failed = submit(engine.loaded.tokenizer.encode(sentence(3, 12)))
+    assert (failed.reason, failed.text) == ("failed", "")
+    assert str(bank) in failed.error
+    assert submit([]).reason in ("length", "stop")
+    assert submit([1 << 40]).error == "the server has failed"
+    assert ended.wait(120)
+    assert isinstance(service.failure, OverflowError)
+    with pytest.raises(BusyError, match="has failed"):
+        submit([])
+    service.close()
+
+
+def test_a_server_of_many_processes_is_refused(given, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(M3Error, match="start it without torchrun"):
+        main(["serve", "--no-memory", "--checkpoint", given["checkpoint"]])
+
+
+def test_a_plain_server_finishes_what_it_began_and_leaves(given, generate, tmp_path):
+    words = ["serve", "--checkpoint", given["checkpoint"], "--no-memory", "--port", "0", "--address-file",
+             str(tmp_path / "address")]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "launch.m3", *words], cwd=ROOT, stdout=log, stderr=log,
+                                  env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        wait_until(lambda: (tmp_path / "address").exists() or server.poll() is not None, "it does not listen")
+        client = Client((tmp_path / "address").read_text().strip())
+        stream = client.stream(prompt=sentence(4, 9), max_tokens=LONG, temperature=0)
+        told = [next(stream)]
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: not (tmp_path / "address").exists(), "it does not leave")
+        told += list(stream)
+        assert server.wait(60) == 0, (tmp_path / "log").read_text()
+    finally:
+        server.kill()
+        server.wait()
+    assert told.pop() == "[DONE]"
+    expected = generate("--prompt", sentence(4, 9), "--max-new-tokens", str(LONG), memory=False)
+    assert "".join(one["choices"][0]["text"] for one in told) == expected["text"]
+    with pytest.raises(requests.ConnectionError):
+        client.ask(prompt="a")
+    assert (tmp_path / "log").read_text().count("\n") == 1
