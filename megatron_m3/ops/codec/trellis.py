@@ -21,7 +21,7 @@ STATES = 1 << STATE_BITS
 STRIDE = 181
 """Odd; entries of a table that differ by 1 differ by this much in rank, so that all close states are far values."""
 CHUNK = 4096
-"""Sequences searched together."""
+"""Sequences whose numbers are made and searched together."""
 NORMAL_ERRORS = (1.0, 0.287, 0.0777, 0.0210, 0.00575, 0.00184, 0.000479, 0.000128, 0.0000356)
 """Mean squared error of normal numbers of variance 1, by bits, with trained tables."""
 
@@ -46,21 +46,19 @@ def search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
     Raises:
         UnsupportedError: numbers on a CUDA device, and no Triton.
     """
+    if not numbers_TN.numel():
+        return torch.zeros(numbers_TN.shape, dtype=torch.int64, device=numbers_TN.device)
     if numbers_TN.is_cuda:
         from megatron_m3.ops.codec import triton_trellis
 
         return triton_trellis.search(numbers_TN, tables_TS, bits)
-    if not numbers_TN.numel():
-        return torch.zeros(numbers_TN.shape, dtype=torch.int64, device=numbers_TN.device)
-    if numbers_TN.device.type == "cpu":
-        from megatron_m3.ops.codec import compiled_trellis
+    from megatron_m3.ops.codec import compiled_trellis
 
-        return compiled_trellis.search(numbers_TN, tables_TS, bits)
-    return torch.cat([search_plainly(part, tables_TS, bits) for part in numbers_TN.split(CHUNK, dim=1)], 1)
+    return compiled_trellis.search(numbers_TN, tables_TS, bits)
 
 
 def search_plainly(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int]) -> Tensor:
-    """:func:`search` in plain torch."""
+    """:func:`search` in plain torch, on any device."""
     count = numbers_TN.shape[1]
     cost_SN = numbers_TN.new_full((STATES, count), torch.inf)
     cost_SN[0] = 0

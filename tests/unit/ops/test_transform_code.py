@@ -173,6 +173,6 @@ def test_on_a_device_streams_stay_there():
     bits = [3, 2, 2, 1]
     with FakeTensorMode(allow_non_fake_inputs=True):
         numbers, tables = torch.empty(4, 10, device="cuda"), torch.empty(9, trellis.STATES, device="cuda")
-        codes = trellis.pack(trellis.search(numbers, tables[:4], bits), bits)
+        codes = trellis.pack(trellis.search_plainly(numbers, tables[:4], bits), bits)
         values = trellis.look_up(codes, torch.tensor(bits).cumsum(0), torch.tensor(bits), tables)
     assert [(one.device.type, one.shape) for one in (codes, values)] == [("cuda", (10, 1)), ("cuda", (4, 10))]
