@@ -5,7 +5,7 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     words*)
         read -r -a elements <<<"$M3_ARRAY"
         set -- "${@//@/${elements[$SLURM_ARRAY_TASK_ID]}}" ;;
-    " data collect" | " data filter" | " data deduplicate") ;;
+    " data collect" | " data filter" | " data deduplicate" | " data tokenize" | " data references") ;;
     *)
         echo "error: an array of m3 $1 ${2:-} needs M3_ARRAY, the words of its elements" >&2
         exit 2 ;;

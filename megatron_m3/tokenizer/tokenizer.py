@@ -50,6 +50,9 @@ class Tokenizer:
         check_files(Path(folder), manifest, checksums=True)
         return cls(Path(folder), manifest, tokenizers.Tokenizer.from_file(str(Path(folder) / FILE)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer.load, (self.folder,)
+
     def _special(self, role: str) -> int:
         token = self.manifest.settings.get(role, "")
         found = self.backend.token_to_id(token)

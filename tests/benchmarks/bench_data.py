@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.collect import DocumentFolder, make_plan, write_block
+from data_tools.collect import DocumentFolder, write_block
 from data_tools.deduplicate import Deduplication
 from data_tools.deduplicate import Options as DeduplicateOptions
 from data_tools.document_store import DocumentStore
 from data_tools.filter import Options as FilterOptions
 from data_tools.filter import judge
+from data_tools.pieces import make_plan
 from data_tools.wordnet import CORPUS, load_entries
 from data_tools.words import split_words
 from megatron_m3.tokenizer import Tokenizer, extend_tokenizer, train_tokenizer
