@@ -138,14 +138,12 @@ def write_block(folder: BlockFolder, rows: CorpusRows, options: Options, index: 
 
 def find_references(batches: Batches, tokenizer: "Tokenizer", limit: int) -> Iterator[Reference]:
     """All references of documents, in order."""
-    from megatron_m3.references import Piece, split_text
+    from megatron_m3.references import split_text
 
     for batch in batches:
-        tokens = tokenizer.encode_batch([document.text for document in batch])
-        for document, ids in zip(batch, tokens, strict=True):
-            fits = len(ids) <= limit
-            pieces = [Piece(document.text, ids, 0)] if fits else split_text(tokenizer, document.text, limit)
-            for piece in pieces:
+        encodings = tokenizer.encodings([document.text for document in batch])
+        for document, encoding in zip(batch, encodings, strict=True):
+            for piece in split_text(tokenizer, document.text, limit, encoding):
                 if piece.tokens:
                     yield Reference(piece.text, piece.tokens, document.id, piece.first_token)
 
