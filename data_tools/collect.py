@@ -8,20 +8,19 @@ file, line and reason; a damaged file gives what can be read of it.
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from data_tools.document_store import KIND, SCHEMA, DocumentFolder, show
-from data_tools.documents import BadRecordError, find_files, read_file
+from data_tools.documents import find_files
+from data_tools.pieces import make_plan, read_bytes, settle
+from data_tools.records import BadRecordError, Piece, read_records
 from data_tools.shared_work import Workers
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, DataError, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, check_files, hash_json, read_manifest
 
-PLAIN = (".jsonl", ".json", ".txt")
-"""Types of file that can be cut into pieces."""
 COLUMNS = ("id", "text", "place")
 ROWS = 512
 """Documents that are handed to the writer at a time."""
@@ -45,15 +44,6 @@ class Options:
             raise ConfigError(f"block_megabytes={self.block_megabytes}: must be at least 1")
 
 
-class Piece(NamedTuple):
-    """Some of a file; bytes, moved on to where a record begins."""
-
-    path: Path
-    start: int
-    stop: int | None
-    """None for the whole file."""
-
-
 def run(options: Options) -> None:
     """Write the blocks that are missing, then the manifest."""
     files, output = find_files(options.input), Path(options.output)
@@ -67,8 +57,7 @@ def run(options: Options) -> None:
     plan = list(make_plan(files, options.block_megabytes << 20))
     folder = DocumentFolder(output, job)
     with Workers(options.workers) as workers:
-        sizes_of_blocks = [sum((piece.stop or piece.path.stat().st_size) - piece.start for piece in pieces)
-                           for pieces in plan]
+        sizes_of_blocks = [sum(piece.size for piece in pieces) for pieces in plan]
         workers.run("collecting", folder, sizes_of_blocks, "bytes", functools.partial(write_block, folder, plan))
     blocks = list(folder.info(len(plan)))
     if not any(block["documents"] for block in blocks):
@@ -80,52 +69,17 @@ def run(options: Options) -> None:
     show("collected", output, counts)
 
 
-def make_plan(files: Sequence[Path], block_bytes: int) -> Iterator[list[Piece]]:
-    """The pieces of each block; depends on names and sizes of the files alone."""
-    block: list[Piece] = []
-    filled = 0
-    for path in files:
-        size = path.stat().st_size
-        cuts = [*range(0, size, block_bytes)] if path.name.endswith(PLAIN) and size > block_bytes else [0]
-        for start in cuts:
-            stop = min(start + block_bytes, size) if len(cuts) > 1 else None
-            length = (stop or size) - start
-            if block and filled + length > block_bytes:
-                yield block
-                block, filled = [], 0
-            block.append(Piece(path, start, stop))
-            filled += length
-    if block:
-        yield block
-
-
-def find_record(path: Path, offset: int) -> int:
-    """Where the first record at or after byte ``offset`` of a plain file begins."""
-    if offset == 0:
-        return 0
-    with path.open("rb") as stream:
-        stream.seek(offset - 1)
-        stream.readline()
-        while path.suffix == ".txt" and stream.readline().strip():  # to the blank line that ends the document
-            pass
-        return stream.tell()
-
-
 def write_block(folder: DocumentFolder, plan: Sequence[Sequence[Piece]], index: int) -> None:
     """Write one block: the documents of its pieces, and the hash of what was read."""
     digest = hashlib.sha256()
     with folder.block(index, COLUMNS) as writer:
-        for piece in plan[index]:
-            start = find_record(piece.path, piece.start)
-            stop = None if piece.stop is None else find_record(piece.path, piece.stop)
-            if stop is not None and start >= stop:
-                continue
-            add_bytes(digest, piece.path, start, stop)
-            name = f"{piece.path.name}@{start}" if start else piece.path.name
+        for piece in filter(None, map(settle, plan[index])):
+            for data in read_bytes(piece.path, piece.start, piece.start + piece.size):
+                digest.update(data)
             rows, line = [], 0
             try:
-                for line, found, _ in read_file(piece.path, start, stop):
-                    place = f"{name}:{line}"
+                for line, found, _ in read_records(piece):
+                    place = f"{piece.name}:{line}"
                     if isinstance(found, BadRecordError):
                         writer.drop(str(found), file=str(piece.path), place=place)
                         continue
@@ -134,19 +88,10 @@ def write_block(folder: DocumentFolder, plan: Sequence[Sequence[Piece]], index: 
                         writer.write_rows(rows)
                         rows = []
             except DataError as error:
-                writer.drop("file damaged from here on", file=str(piece.path), place=f"{name}:{line}", error=str(error))
+                place = f"{piece.name}:{line}"
+                writer.drop("file damaged from here on", file=str(piece.path), place=place, error=str(error))
             writer.write_rows(rows)
         writer.extra["sha256"] = digest.hexdigest()
-
-
-def add_bytes(digest: "hashlib._Hash", path: Path, start: int, stop: int | None) -> None:
-    """Add bytes ``start`` to ``stop`` of a file to a digest."""
-    left = (path.stat().st_size if stop is None else stop) - start
-    with path.open("rb") as stream:
-        stream.seek(start)
-        while left > 0 and (data := stream.read(min(left, 1 << 20))):
-            digest.update(data)
-            left -= len(data)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,6 @@ people to look at.
 """
 
 import hashlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,10 +17,10 @@ import numpy as np
 from data_tools.document_store import KIND, SCHEMA, DocumentFolder, DocumentStore, is_made, show
 from data_tools.duplicates import NearPairs, Runs, exact_pairs, join
 from data_tools.minhash import MinHash
-from data_tools.shared_work import Do, Workers
+from data_tools.shared_work import Do, Workers, stages
 from data_tools.words import split_words
 from megatron_m3.config import parse
-from megatron_m3.errors import ArtifactError, ConfigError, exit_on_user_error
+from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, atomic_path
 
 SHOWN_GROUPS, SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 30, 4, 300
@@ -54,11 +53,8 @@ def run(options: Options) -> None:
     settings = {"step": "deduplicate", "minhash": asdict(options.minhash), "part_entries": options.part_entries}
     if is_made(output, inputs, settings):
         return
-    try:
+    with stages(output / "stages", lambda: is_made(output, inputs, settings)):
         deduplicate(store, output, options, inputs, settings)
-    except (ArtifactError, FileNotFoundError):
-        if not is_made(output, inputs, settings):  # another job has ended the work and cleared the stages
-            raise
 
 
 def deduplicate(
@@ -75,9 +71,7 @@ def deduplicate(
             do: Do = getattr(work, stage)
             workers.run(f"duplicates, {stage}", work.stages[stage], sizes, "documents" if by_documents else "parts", do)
         workers.run("duplicates, write", folder, store.sizes, "documents", work.write)
-    counts = folder.finish(len(store.sizes), inputs, settings)
-    shutil.rmtree(work.folder, ignore_errors=True)
-    show("deduplicated", output, counts)
+    show("deduplicated", output, folder.finish(len(store.sizes), inputs, settings))
 
 
 class Deduplication:

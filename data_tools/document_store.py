@@ -1,7 +1,7 @@
 """The documents artifact: parquet blocks of documents that the steps from raw text to training text hand on.
 
-Parquet, since it is read four times as fast as the same documents in JSON lines, carries further columns along, and can
-be read by any tool of the field. A block's columns are `id`, `text`, `place` (where it was collected: FILE:LINE) and
+Parquet, since it is compressed and read in parts, carries further columns along, and can be read by any tool of the
+field. A block's columns are `id`, `text`, `place` (where it was collected: FILE:LINE) and
 what later steps add. What a step leaves out is listed in `dropped/`, a JSON line each, in files as the blocks are.
 """
 

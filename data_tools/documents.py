@@ -1,43 +1,27 @@
-"""Documents from JSONL, text and parquet files. What cannot be used is counted and set aside, with its file and line.
+"""The corpus: documents of files, in order. What cannot be used is counted and set aside, with its file and line.
 
-- ``.jsonl``, ``.json``, ``.jsonl.gz``, ``.jsonl.zst``: one object a line, its text in ``text``, optionally an ``id``.
-- ``.txt``: documents are separated by blank lines; also ``.txt.gz``, ``.txt.zst``.
-- ``.parquet``: a column ``text``, optionally ``id``.
-- ``.warc``, ``.warc.gz``: HTML pages, their main text; ``.warc.wet``, ``.warc.wet.gz``: texts. The id is the URL.
-- a folder made by `m3 data collect`, `filter` or `deduplicate`: its blocks.
-
-A document without an id is called FILE:LINE (in parquet files lines are rows).
+It is made of files that :mod:`data_tools.records` reads, and of folders made by `m3 data collect`, `filter` or
+`deduplicate`: their blocks.
 """
 
+import copy
 import functools
-import gzip
-import io
 import itertools
 import json
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, Self
 
+from data_tools.pieces import LineCount, make_plan, settle
+from data_tools.records import SUFFIXES, BadRecordError, Document, Piece, read_records
 from megatron_m3.errors import DataError
 from megatron_m3.manifest import Manifest, atomic_path, check_files, hash_file, hash_json, read_manifest
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet", ".warc",
-            ".warc.gz", ".warc.wet", ".warc.wet.gz")
 SKIPPED = "skipped.jsonl"
-
-
-class Document(NamedTuple):
-    """One text of the corpus."""
-
-    id: str
-    text: str
-
-
-class BadRecordError(Exception):
-    """Why a record cannot be used."""
+BATCH = 512
+"""Documents that are worked on at a time."""
 
 
 def find_files(names: Sequence[str]) -> list[Path]:
@@ -81,11 +65,13 @@ class Corpus:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.files = find_files(names)
-        self.bytes_total = sum(path.stat().st_size for path in self.files)
-        self.bytes_read = 0
-        self.documents = 0
+        self.pieces = [Piece(path) for path in self.files]
+        self._manifests = {folder: _artifact(folder) for folder in dict.fromkeys(path.parent for path in self.files)}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.bytes_read, self.documents = 0, 0
         self.skipped: list[dict[str, Any]] = []
-        self._manifest = functools.cache(_artifact)
 
     @property
     def hash(self) -> str:
@@ -99,23 +85,40 @@ class Corpus:
 
     def _recorded(self, path: Path) -> dict[str, Any] | None:
         """What the manifest says of a block of documents."""
-        manifest = self._manifest(path.parent)
+        manifest = self._manifests[path.parent]
         return manifest.files.get(path.name) if manifest else None
 
+    def plan(self, block_bytes: int) -> list[list[Piece]]:
+        """The pieces of blocks of about so many bytes.
+
+        Plain files larger than that are read through, to count their lines.
+        """
+        count = LineCount()
+        return [[piece._replace(lines_before=count.before(piece.path, piece.start)) if piece.start else piece
+                 for piece in filter(None, map(settle, pieces))] for pieces in make_plan(self.files, block_bytes)]
+
+    def part(self, pieces: Sequence[Piece]) -> Self:
+        """The documents of some pieces, with an account of their own."""
+        part = copy.copy(self)
+        part.pieces = list(pieces)
+        part._begin()
+        return part
+
     def __iter__(self) -> Iterator[Document]:
-        self.bytes_read, self.documents, self.skipped = 0, 0, []
+        self._begin()
         before = 0
-        for path in self.files:
-            if self._recorded(path) and (manifest := self._manifest(path.parent)):
+        for piece in self.pieces:
+            path = piece.path
+            if self._recorded(path) and (manifest := self._manifests[path.parent]):
                 check_files(path.parent, manifest, checksums=True, names=[path.name])
-            for line, found, position in read_file(path):
-                self.bytes_read = before + position
+            for line, found, position in read_records(piece):
+                self.bytes_read = before + position - piece.start
                 if isinstance(found, BadRecordError):
                     self.skipped.append({"file": str(path), "line": line, "reason": str(found)})
                     continue
                 self.documents += 1
                 yield found
-            before += path.stat().st_size
+            before += piece.size
             self.bytes_read = before
 
     def check(self) -> None:
@@ -128,17 +131,16 @@ class Corpus:
             return
         self.finish()
 
-    def batches(self, size: int, label: str) -> Iterator[list[Document]]:
-        """The documents in lists of ``size`` (the last may be shorter), with progress on stderr.
+    def batches(self, label: str) -> Iterator[tuple[Document, ...]]:
+        """The documents, :data:`BATCH` at a time (the last may be fewer), with progress on stderr.
 
         Raises:
             DataError: there was no usable document.
         """
         from megatron_m3.platform.progress import Progress
 
-        documents = iter(self)
-        with Progress(label, self.bytes_total, "bytes") as progress:
-            while batch := list(itertools.islice(documents, size)):
+        with Progress(label, sum(piece.size for piece in self.pieces), "bytes") as progress:
+            for batch in itertools.batched(self, BATCH):
                 yield batch
                 progress.advance(self.bytes_read - progress.count)
         self.finish()
@@ -181,137 +183,3 @@ def show_counts(title: str, counts: dict[str, Any]) -> None:
             print(f"  {name:<28}{value:>14,}", file=sys.stderr)
 
 
-def read_file(
-    path: Path, start: int = 0, stop: int | None = None
-) -> Iterator[tuple[int, Document | BadRecordError, int]]:
-    """Line, document (or why there is none), and position in the file in bytes, of every record of a file.
-
-    ``start`` and ``stop`` are bytes at which records of a plain file begin; lines are counted from ``start``.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    if path.name.endswith(".parquet"):
-        records = _read_parquet(path)
-    elif ".warc" in path.name:
-        from data_tools.warc import read_warc
-
-        records = read_warc(path)
-    else:
-        records = _read_lines(path, start, stop)
-    name = f"{path.name}@{start}" if start else path.name
-    for line, record, position in records:
-        try:
-            yield line, _document(record, f"{name}:{line}"), position
-        except BadRecordError as error:
-            yield line, error, position
-
-
-def _document(record: Any, name: str) -> Document:
-    if isinstance(record, BadRecordError):
-        raise record
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise BadRecordError("no text")
-    text: str = record["text"]
-    if not text.strip():
-        raise BadRecordError("empty text")
-    given = record.get("id")
-    document = Document(name if given is None else str(given), text)
-    try:
-        "".join(document).encode()
-    except UnicodeEncodeError:
-        raise BadRecordError("not valid Unicode") from None
-    return document
-
-
-type Records = Iterator[tuple[int, Any, int]]
-"""Line, record (or why it is bad), position in the file in bytes."""
-
-
-def _read_lines(path: Path, start: int, stop: int | None) -> Records:
-    import pyarrow
-
-    with path.open("rb") as raw:
-        raw.seek(start)
-        stream: Any = raw
-        if path.suffix == ".gz":
-            stream = gzip.GzipFile(fileobj=raw)
-        elif path.suffix == ".zst":
-            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
-        lines = stream if stop is None else _lines_before(raw, stop)
-        records = _text_records(lines) if ".txt" in path.suffixes[-2:] else _json_records(lines)
-        try:
-            for line, record in records:
-                yield line, record, raw.tell()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path}: damaged gzip file ({error}); get it again") from None
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            raise DataError(f"{path}: damaged zstd file ({error}); get it again") from None
-
-
-def _lines_before(raw: BinaryIO, stop: int) -> Iterator[bytes]:
-    while raw.tell() < stop:
-        yield raw.readline()
-
-
-def _decode(line: bytes) -> str:
-    try:
-        return line.removeprefix(b"\xef\xbb\xbf").decode()
-    except UnicodeDecodeError:
-        raise BadRecordError("not UTF-8") from None
-
-
-def _json_records(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(_decode(line))
-        except BadRecordError as error:
-            yield number, error
-        except (ValueError, RecursionError):
-            yield number, BadRecordError("not JSON")
-
-
-def _text_records(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    lines: list[bytes] = []
-    start = 1
-    for number, line in enumerate(itertools.chain(stream, [b""]), 1):
-        if line.strip():
-            start = start if lines else number
-            lines.append(line)
-        elif lines:
-            try:
-                yield start, {"text": _decode(b"".join(lines)).rstrip("\r\n")}
-            except BadRecordError as error:
-                yield start, error
-            lines = []
-
-
-def _read_parquet(path: Path) -> Records:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        types = {name: str(kind) for name, kind in zip(file.schema_arrow.names, file.schema_arrow.types, strict=True)}
-        if types.get("text") not in ("string", "large_string", "binary", "large_binary"):
-            raise DataError(f"{path}: no column 'text' that holds text; its columns are {types}")
-        columns = [name for name in ("id", "text") if name in types]
-        row = 0
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
-            ids = batch.column("id").to_pylist() if "id" in types else [None] * len(batch)
-            for given, text in zip(ids, batch.column("text").cast(pyarrow.large_binary()).to_pylist(), strict=True):
-                row += 1
-                yield row, _row(given, text), path.stat().st_size * row // file.metadata.num_rows
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-
-
-def _row(given: Any, text: bytes | None) -> Any:
-    try:
-        return {"id": given, "text": None if text is None else _decode(text)}
-    except BadRecordError as error:
-        return error

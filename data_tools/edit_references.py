@@ -170,7 +170,7 @@ def find_changes(
             rows |= _replacements(corpora["replaced"], tokenizer, replaced.tolist(), base.reference_length)
         if "added" in corpora:
             corpora["added"].check()
-            added = (one[:4] for one in find_references(corpora["added"], tokenizer, base.reference_length))
+            added = find_references(corpora["added"].batches("cutting references"), tokenizer, base.reference_length)
     return Changes(rows=rows, added=added)
 
 

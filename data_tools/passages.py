@@ -68,8 +68,8 @@ def run(options: Options) -> None:
     if is_finished(output, KIND, SCHEMA, inputs, settings):
         print(f"{output}: made already")
         return
-    found = [one for one in find_references(corpus, tokenizer, options.reference_length)
-             if len(one.tokens) >= options.shortest]
+    references = find_references(corpus.batches("cutting passages"), tokenizer, options.reference_length)
+    found = [one for one in references if len(one.tokens) >= options.shortest]
     found.sort(key=draw)
     if len(found) < 2 * options.lines:
         raise DataError(f"input: {len(found):,} passages of {options.shortest} to {options.reference_length} tokens; "

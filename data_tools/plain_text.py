@@ -18,9 +18,10 @@ from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.documents import Document, show_counts
+from data_tools.documents import show_counts
 from data_tools.heldout import Mentions, phrase
 from data_tools.published_texts import article_text, definition, read_articles, read_manuals, read_pages
+from data_tools.records import Document
 from data_tools.texts import write_texts
 from data_tools.wordnet import KIND, SCHEMA
 from megatron_m3.config import parse

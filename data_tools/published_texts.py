@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-from data_tools.documents import Document
+from data_tools.records import Document
 from megatron_m3.errors import DataError
 
 SHORTEST_PARAGRAPH = 60

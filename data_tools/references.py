@@ -1,22 +1,31 @@
 """m3 data references: cut documents into references of at most 128 tokens, the knowledge base.
 
 References end at sentence ends where possible; a document that fits is one reference; nothing is cut off silently.
-A killed job goes on from its last whole block.
+Any number of jobs may run the same command at once: they share the blocks of the corpus, then those of the references.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from data_tools.corpus_rows import STAGES, Batches, CorpusRows, flat, token_rows
 from data_tools.documents import Corpus, show_counts
+from data_tools.shared_work import Workers, stages
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, Manifest, is_finished, write_manifest
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow
+
     from megatron_m3.tokenizer import Tokenizer
+
+ROWS = 4096
+"""References that are handed to the writer at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,85 +42,110 @@ class Options:
     """Most tokens in a reference."""
     block_size: int = 16384
     """References in a block file."""
+    block_megabytes: int = 64
+    """Corpus in a block of the work, in MiB; the output does not depend on it."""
+    workers: int = 1
+    """Processes here; more jobs of the same command, on any machine, share the blocks too."""
 
     def __post_init__(self) -> None:
         if self.reference_length < 8:
             raise ConfigError(f"reference_length={self.reference_length}: must be at least 8")
-        if self.block_size < 1:
-            raise ConfigError(f"block_size={self.block_size}: must be at least 1")
+        for name in ("block_size", "block_megabytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
 
 
 def run(options: Options) -> None:
-    """Write the reference blocks that are missing, then the manifest."""
+    """Do what is missing; nothing is done when the output is there already, made from the same inputs."""
     from megatron_m3.references.store import KIND, SCHEMA
     from megatron_m3.tokenizer import Tokenizer
 
     corpus, output, tokenizer = Corpus(options.input), Path(options.output), Tokenizer.load(options.tokenizer)
     inputs = {"corpus": corpus.hash, "tokenizer": tokenizer.hash}
     settings = {"reference_length": options.reference_length, "block_size": options.block_size}
-    if is_finished(output, KIND, SCHEMA, inputs, settings):
+    is_made = functools.partial(is_finished, output, KIND, SCHEMA, inputs, settings)
+    if is_made():
         print(f"{output}: made already")
         return
     corpus.check()
     job = {"kind": KIND, "schema": SCHEMA, "inputs": inputs, "settings": settings}
-    folder = BlockFolder(output, job)
-    num_blocks = write_blocks(folder, corpus, tokenizer, options)
-    references = sum(info["references"] for info in folder.info(num_blocks))
-    counts = corpus.counts(references=references, blocks=num_blocks)
-    corpus.write_account(output, counts)
-    files = folder.files(num_blocks)
-    info = counts | {"corpus": corpus.file_hashes}
-    write_manifest(output, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files=files, info=info))
-    show_counts("references", counts)
+    with stages(output / STAGES, is_made):
+        counts, files = write_references(corpus, tokenizer, output, job, options)
+        corpus.write_account(output, counts)
+        info = counts | {"corpus": corpus.file_hashes}
+        write_manifest(output, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files=files,
+                                        info=info))
+        show_counts("references", counts)
     print(output)
 
 
 class Reference(NamedTuple):
-    """One reference, with its place in the corpus."""
+    """One reference."""
 
     text: str
     tokens: list[int]
     document_id: str
     first_token: int
-    place: tuple[int, int]
-    """Number of its document in the corpus, and its number in the document."""
+    """Where in its document it begins, in tokens."""
 
 
-def write_blocks(folder: BlockFolder, corpus: Corpus, tokenizer: "Tokenizer", options: Options) -> int:
-    """Write the blocks after the last whole one; return the number of blocks."""
-    from megatron_m3.references import arrays_of_block
+def write_references(
+    corpus: Corpus, tokenizer: "Tokenizer", output: Path, job: dict[str, Any], options: Options
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Cut the documents, then write the blocks; return the counts, and bytes and hash of each block."""
+    import pyarrow
 
-    index, start = 0, (0, 0)
-    while folder.done(index):
-        start = tuple(folder.read_info(index)["next"])
-        index += 1
-    references = find_references(corpus, tokenizer, options.reference_length, start)
-    while block := list(itertools.islice(references, options.block_size)):
-        arrays = arrays_of_block([one[:4] for one in block], options.reference_length, tokenizer.vocab_size)
-        document, number = block[-1].place
-        folder.write(index, arrays, {"references": len(block), "next": (document, number + 1)})
-        index += 1
-    return index
+    from megatron_m3.references import token_dtype
+
+    dtype = token_dtype(tokenizer.vocab_size)
+    schema = pyarrow.schema({"text": pyarrow.large_string(), "document": pyarrow.large_string(),
+                             "tokens": pyarrow.large_list(pyarrow.from_numpy_dtype(dtype)),
+                             "first_token": pyarrow.int64()})
+    folder = BlockFolder(output, job)
+    make = functools.partial(make_rows, tokenizer, options.reference_length, schema, dtype)
+    rows = CorpusRows(corpus, output, job, options.block_megabytes << 20, schema, make)
+    with Workers(options.workers) as workers:
+        rows.make("cutting references", workers)
+        sizes = [min(options.block_size, len(rows) - start) for start in range(0, len(rows), options.block_size)]
+        write = functools.partial(write_block, folder, rows, options)
+        workers.run("writing references", folder, sizes, "references", write)
+    return corpus.counts(references=sum(sizes), blocks=len(sizes)), folder.files(len(sizes))
 
 
-def find_references(
-    corpus: Corpus, tokenizer: "Tokenizer", limit: int, start: tuple[int, int] = (0, 0)
-) -> Iterator[Reference]:
-    """All references of the corpus from place ``start`` on."""
-    from megatron_m3.references import Piece, split_text
+def make_rows(
+    tokenizer: "Tokenizer", limit: int, schema: "pyarrow.Schema", dtype: "type[np.generic]", batches: Batches
+) -> Iterator["pyarrow.RecordBatch"]:
+    """The references of documents as rows."""
+    import pyarrow
 
-    number = -1
-    for batch in corpus.batches(512, "cutting references"):
-        todo = [(number + 1 + offset, document) for offset, document in enumerate(batch)]
-        number += len(batch)
-        todo = [one for one in todo if one[0] >= start[0]]
-        tokens = tokenizer.encode_batch([document.text for _, document in todo])
-        for (place, document), ids in zip(todo, tokens, strict=True):
-            fits = len(ids) <= limit
-            pieces = [Piece(document.text, ids, 0)] if fits else split_text(tokenizer, document.text, limit)
-            for part, piece in enumerate(pieces):
-                if piece.tokens and (place, part) >= start:
-                    yield Reference(*piece[:2], document.id, piece.first_token, (place, part))
+    for some in itertools.batched(find_references(batches, tokenizer, limit), ROWS):
+        texts, tokens, documents, first_tokens = zip(*some, strict=True)
+        yield pyarrow.record_batch([
+            pyarrow.array(texts, pyarrow.large_string()), pyarrow.array(documents, pyarrow.large_string()),
+            token_rows(tokens, dtype), pyarrow.array(first_tokens, pyarrow.int64())], schema=schema)
+
+
+def write_block(folder: BlockFolder, rows: CorpusRows, options: Options, index: int) -> None:
+    """Write a block of references."""
+    from megatron_m3.references import pack_block
+
+    found = rows.read(index * options.block_size, (index + 1) * options.block_size)
+    columns = {name: found.column(name).combine_chunks() for name in found.column_names}
+    arrays = pack_block(flat(columns["tokens"]), flat(columns["text"]), flat(columns["document"]),
+                        columns["first_token"].to_numpy(), options.reference_length)
+    folder.write(index, arrays, {"references": len(found)})
+
+
+def find_references(batches: Batches, tokenizer: "Tokenizer", limit: int) -> Iterator[Reference]:
+    """All references of documents, in order."""
+    from megatron_m3.references import split_text
+
+    for batch in batches:
+        encodings = tokenizer.encodings([document.text for document in batch])
+        for document, encoding in zip(batch, encodings, strict=True):
+            for piece in split_text(tokenizer, document.text, limit, encoding):
+                if piece.tokens:
+                    yield Reference(piece.text, piece.tokens, document.id, piece.first_token)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,7 +4,9 @@ Blocks are written atomically and their bytes depend on nothing but the job, so 
 as when the first was only slow, do no harm.
 """
 
+import contextlib
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from megatron_m3.errors import ConfigError, M3Error
+from megatron_m3.errors import ArtifactError, ConfigError, M3Error
 from megatron_m3.manifest import BlockFolder
 from megatron_m3.manifest.claims import CLAIMS, Claims
 
@@ -62,6 +64,20 @@ def _do(folder: Pieces, claims: Claims, index: int, do: Do) -> bool:
     finally:
         claims.release(str(index))
     return True
+
+
+@contextlib.contextmanager
+def stages(folder: Path, is_made: Callable[[], bool]) -> Iterator[None]:
+    """The length of a job that keeps in ``folder`` what it needs meanwhile: removed by the first process to end it.
+
+    The others find it gone; that is no error where ``is_made`` says that the output is there.
+    """
+    try:
+        yield
+    except (ArtifactError, FileNotFoundError):
+        if not is_made():
+            raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Workers:

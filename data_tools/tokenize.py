@@ -1,20 +1,29 @@
 """m3 data tokenize: documents to a Megatron indexed dataset, `tokens.bin` and `tokens.idx`, EOS after each document.
 
-Beside them lie `documents.jsonl` (the id of each document, in order), `counts.json` and a manifest.
+Beside them lie `documents.jsonl` (the id of each document, in order), `counts.json` and a manifest. Any number of jobs
+may run the same command at once: they share the blocks of the corpus, then one of them joins what they made.
 """
 
+import contextlib
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from data_tools.corpus_rows import STAGES, Batches, CorpusRows, flat, token_rows
 from data_tools.documents import Corpus, show_counts
+from data_tools.shared_work import Workers, stages
 from megatron_m3.config import parse
-from megatron_m3.errors import exit_on_user_error
-from megatron_m3.manifest import Manifest, atomic_folder, hash_file, is_finished, write_manifest
+from megatron_m3.errors import ConfigError, exit_on_user_error
+from megatron_m3.manifest import BlockFolder, Manifest, atomic_path, hash_file, is_finished, write_manifest
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from megatron_m3.tokenizer import Tokenizer
 
 
@@ -27,52 +36,102 @@ class Options:
     tokenizer: str
     """Folder of the tokenizer, made by `m3 data tokenizer`."""
     output: str
-    """Folder to write; it must not exist, or be empty."""
+    """Folder to write."""
+    block_megabytes: int = 64
+    """Corpus in a block of the work, in MiB; the output does not depend on it."""
+    workers: int = 1
+    """Processes here; more jobs of the same command, on any machine, share the blocks too."""
+
+    def __post_init__(self) -> None:
+        if self.block_megabytes < 1:
+            raise ConfigError(f"block_megabytes={self.block_megabytes}: must be at least 1")
 
 
 def run(options: Options) -> None:
-    """Tokenize the corpus; nothing is done when the output is there already, made from the same inputs."""
+    """Do what is missing; nothing is done when the output is there already, made from the same inputs."""
     from megatron_m3.data.tokens import KIND, SCHEMA
     from megatron_m3.tokenizer import Tokenizer
 
     corpus, output, tokenizer = Corpus(options.input), Path(options.output), Tokenizer.load(options.tokenizer)
     inputs = {"corpus": corpus.hash, "tokenizer": tokenizer.hash}
-    if is_finished(output, KIND, SCHEMA, inputs, {}):
+    is_made = functools.partial(is_finished, output, KIND, SCHEMA, inputs, {})
+    if is_made():
         print(f"{output}: made already")
         return
     corpus.check()
-    with atomic_folder(output) as folder:
-        counts = write_tokens(corpus, tokenizer, folder)
-        files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
-        corpus.write_account(folder, counts)
+    job = {"kind": KIND, "schema": SCHEMA, "inputs": inputs}
+    with stages(output / STAGES, is_made):
+        counts, files = write_tokens(corpus, tokenizer, output, job, options)
+        corpus.write_account(output, counts)
         info = counts | {"corpus": corpus.file_hashes}
-        write_manifest(folder, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings={}, files=files, info=info))
-    show_counts("tokens", counts)
+        write_manifest(output, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings={}, files=files, info=info))
+        show_counts("tokens", counts)
     print(output)
 
 
-def write_tokens(corpus: Corpus, tokenizer: "Tokenizer", folder: Path) -> dict[str, Any]:
-    """Write the indexed dataset and the document ids into ``folder``; return the counts."""
-    import numpy as np
+def write_tokens(
+    corpus: Corpus, tokenizer: "Tokenizer", output: Path, job: dict[str, Any], options: Options
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tokenize and join; return the counts, and bytes and hash of each file."""
+    import pyarrow
 
+    from megatron_m3.references import token_dtype
+
+    dtype = token_dtype(tokenizer.vocab_size)
+    schema = pyarrow.schema({"line": pyarrow.large_string(),
+                             "tokens": pyarrow.large_list(pyarrow.from_numpy_dtype(dtype))})
+    BlockFolder(output, job)
+    make = functools.partial(make_rows, tokenizer, schema, dtype)
+    rows = CorpusRows(corpus, output, job, options.block_megabytes << 20, schema, make)
+    joined = BlockFolder(output / STAGES / "joined", job | {"kind": "tokens, joined"})
+    with Workers(options.workers) as workers:
+        rows.make("tokenizing", workers)
+        workers.run("joining", joined, [1], "dataset", functools.partial(join, joined, rows, tokenizer.vocab_size))
+    info = joined.read_info(0)
+    return corpus.counts(tokens=info["tokens"], longest_document=info["longest"]), info["files"]
+
+
+def make_rows(
+    tokenizer: "Tokenizer", schema: "pyarrow.Schema", dtype: type[np.generic], batches: Batches
+) -> Iterator["pyarrow.RecordBatch"]:
+    """The line of each document in the file of ids, and its tokens."""
+    import pyarrow
+
+    for batch in batches:
+        encoded = tokenizer.encode_batch([document.text for document in batch])
+        for tokens in encoded:
+            tokens.append(tokenizer.eos_id)
+        lines = [json.dumps({"id": document.id}) + "\n" for document in batch]
+        yield pyarrow.record_batch([pyarrow.array(lines, pyarrow.large_string()), token_rows(encoded, dtype)],
+                                   schema=schema)
+
+
+def join(joined: BlockFolder, rows: CorpusRows, vocab_size: int, index: int) -> None:
+    """Write the indexed dataset and the file of ids, and note their counts and hashes as block ``index``."""
     from megatron_m3.platform import select
 
     select()  # before anything of megatron.core is imported
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    from megatron_m3.data.tokens import IDS, PREFIX
+    from megatron_m3.data.tokens import IDS, TOKENS
 
-    builder = IndexedDatasetBuilder(str(folder / f"{PREFIX}.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size))
-    longest = total = 0
-    with (folder / IDS).open("w") as ids:
-        for batch in corpus.batches(512, "tokenizing"):
-            encoded = tokenizer.encode_batch([document.text for document in batch])
-            for document, tokens in zip(batch, encoded, strict=True):
-                builder.add_document(np.array([*tokens, tokenizer.eos_id]), [len(tokens) + 1])
-                ids.write(json.dumps({"id": document.id}) + "\n")
-                longest, total = max(longest, len(tokens) + 1), total + len(tokens) + 1
-    builder.finalize(str(folder / f"{PREFIX}.idx"))
-    return corpus.counts(tokens=total, longest_document=longest)
+    dtype, lengths = DType.optimal_dtype(vocab_size), []
+    names = (*TOKENS, IDS)
+    with contextlib.ExitStack() as stack:
+        tokens_path, index_path, ids_path = (stack.enter_context(atomic_path(rows.output / name)) for name in names)
+        builder = IndexedDatasetBuilder(str(tokens_path), dtype=dtype)
+        with ids_path.open("wb") as ids:
+            for batch in rows.batches():
+                tokens, counts = flat(batch.column("tokens"))
+                builder.data_file.write(tokens.astype(dtype, copy=False).data)
+                ids.write(flat(batch.column("line"))[0].data)
+                lengths.append(counts)
+        builder.sequence_lengths = np.concatenate(lengths)
+        builder.document_indices = np.arange(len(builder.sequence_lengths) + 1)
+        builder.finalize(str(index_path))
+    made = builder.sequence_lengths
+    joined.write_bytes(index, b"", {"tokens": int(made.sum()), "longest": int(made.max()),
+                                    "files": {name: hash_file(rows.output / name) for name in sorted(names)}})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

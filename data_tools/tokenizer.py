@@ -66,7 +66,7 @@ def run(options: Options) -> None:
 
     def texts() -> Iterator[str]:
         characters = 0
-        for batch in corpus.batches(1000, "reading the corpus"):
+        for batch in corpus.batches("reading the corpus"):
             for document in batch:
                 yield document.text
                 if characters < MEASURED_CHARACTERS:

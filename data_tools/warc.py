@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.documents import BadRecordError
+from data_tools.records import BadRecordError
 from megatron_m3.errors import DataError
 
 HTML = ("text/html", "application/xhtml+xml")

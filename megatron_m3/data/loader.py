@@ -10,16 +10,17 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 from megatron_m3.config import Config
 from megatron_m3.data.dataset import TrainingDataset
 from megatron_m3.data.order import sequence_at
 from megatron_m3.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
 
 type Batch = dict[str, torch.Tensor]
 
@@ -63,6 +64,9 @@ def _stack(sequences: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _torch_batches(dataset: TrainingDataset, indices: Iterator[list[int]]) -> Iterator[Batch]:
+    import torch
+    from torch.utils.data import DataLoader
+
     def collate(sequences: list[dict[str, np.ndarray]]) -> Batch:
         return {name: torch.from_numpy(array) for name, array in _stack(sequences).items()}
 
@@ -70,6 +74,8 @@ def _torch_batches(dataset: TrainingDataset, indices: Iterator[list[int]]) -> It
 
 
 def _dali_batches(dataset: TrainingDataset, indices: Iterator[list[int]], micro_batch: int) -> Iterator[Batch]:
+    import torch
+
     try:
         from nvidia.dali import fn
         from nvidia.dali.pipeline import Pipeline

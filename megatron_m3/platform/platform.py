@@ -1,4 +1,7 @@
-"""The device this process computes on, chosen once: CUDA where there is one, else the CPU."""
+"""The device this process computes on, chosen once: CUDA where there is one, else the CPU.
+
+torch is imported when the device is chosen: jobs that need none start without it.
+"""
 
 import functools
 import importlib.metadata
@@ -7,18 +10,19 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_m3.errors import UnsupportedError
-from megatron_m3.platform import cpu
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:
     """Where tensors live and how processes talk."""
 
-    device: torch.device
+    device: "torch.device"
     """Device of parameters and activations."""
     backend: str
     """torch.distributed backend: nccl or gloo."""
@@ -49,6 +53,10 @@ def select() -> Platform:
     Raises:
         UnsupportedError: PyPI's unrelated ``apex`` is installed.
     """
+    import torch
+
+    from megatron_m3.platform import cpu
+
     _refuse_unrelated_apex()
     for name in ("megatron", r"torch\.distributed"):
         warnings.filterwarnings("ignore", module=name)
@@ -78,6 +86,8 @@ def _version(package: str) -> str | None:
 
 def report() -> dict[str, str]:
     """The device, its backend, and the versions of the libraries that are installed (not which of them are used)."""
+    import torch
+
     platform = select()
     name = torch.cuda.get_device_name(platform.device) if platform.is_cuda else "CPU"
     return {

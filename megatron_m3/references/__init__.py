@@ -2,7 +2,7 @@
 
 from megatron_m3.references.edits import Edit, format_ids, parse_ids
 from megatron_m3.references.split import Piece, split_text
-from megatron_m3.references.store import ReferenceStore, SelectedReferences, arrays_of_block
+from megatron_m3.references.store import ReferenceStore, SelectedReferences, arrays_of_block, pack_block, token_dtype
 
 __all__ = [
     "Edit",
@@ -11,6 +11,8 @@ __all__ = [
     "SelectedReferences",
     "arrays_of_block",
     "format_ids",
+    "pack_block",
     "parse_ids",
     "split_text",
+    "token_dtype",
 ]

@@ -6,6 +6,7 @@ Reference ``id`` is row ``id % block_size`` of block ``id // block_size``. Array
 has no tokens, no text and no document.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -27,30 +28,50 @@ from megatron_m3.references.edits import Edit
 KIND, SCHEMA = "references", 1
 
 
+type Ragged = tuple[np.ndarray, np.ndarray]
+"""The values of all rows, one row after another, and how many each row has."""
+
+
 def arrays_of_block(
     pieces: Sequence[tuple[str, Sequence[int], str, int]], reference_length: int, vocab_size: int
 ) -> dict[str, np.ndarray]:
     """The arrays of a block, from (text, tokens, document id, first token) of each reference."""
-    tokens = np.zeros((len(pieces), reference_length), np.uint16 if vocab_size <= 1 << 16 else np.int32)
-    for row, piece in zip(tokens, pieces, strict=True):
-        row[: len(piece[1])] = piece[1]
-    text, text_offsets = _pack([piece[0] for piece in pieces])
-    document, document_offsets = _pack([piece[2] for piece in pieces])
+    texts, tokens, documents, first_tokens = zip(*pieces, strict=True) if pieces else ((),) * 4
+    flat = np.fromiter(itertools.chain.from_iterable(tokens), token_dtype(vocab_size))
+    lengths = np.array(list(map(len, tokens)), np.int64)
+    return pack_block((flat, lengths), _bytes(texts), _bytes(documents), np.array(first_tokens), reference_length)
+
+
+def pack_block(
+    tokens: Ragged, text: Ragged, document: Ragged, first_token: np.ndarray, reference_length: int
+) -> dict[str, np.ndarray]:
+    """The arrays of a block, from its columns; texts and document ids are UTF-8 bytes."""
+    flat, lengths = tokens
+    padded = np.zeros((len(lengths), reference_length), flat.dtype)
+    padded[np.arange(reference_length) < lengths[:, None]] = flat
     return {
-        "tokens": tokens,
-        "lengths": np.array([len(piece[1]) for piece in pieces], np.int32),
-        "text": text,
-        "text_offsets": text_offsets,
-        "document": document,
-        "document_offsets": document_offsets,
-        "first_token": np.array([piece[3] for piece in pieces], np.int64),
+        "tokens": padded,
+        "lengths": lengths.astype(np.int32),
+        "text": text[0],
+        "text_offsets": _offsets(text[1]),
+        "document": document[0],
+        "document_offsets": _offsets(document[1]),
+        "first_token": first_token.astype(np.int64),
     }
 
 
-def _pack(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def token_dtype(vocab_size: int) -> type[np.generic]:
+    """Type of token ids on disk."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.int32
+
+
+def _bytes(texts: Sequence[str]) -> Ragged:
     encoded = [text.encode() for text in texts]
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return np.frombuffer(b"".join(encoded), np.uint8), offsets
+    return np.frombuffer(b"".join(encoded), np.uint8), np.array(list(map(len, encoded)), np.int64)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 class ReferenceStore:

@@ -1,5 +1,7 @@
 """The tokenizer artifact: a folder with ``tokenizer.json`` and a manifest that names its BOS and EOS."""
 
+import functools
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +24,8 @@ KIND, SCHEMA, FILE = "tokenizer", 1, "tokenizer.json"
 BOS, EOS = "<s>", "</s>"
 MIN_VOCAB_SIZE = 256 + 2
 """Every byte, BOS and EOS."""
+WORDS = 1 << 16
+"""Words whose tokens are kept."""
 
 
 class Tokenizer:
@@ -36,6 +40,8 @@ class Tokenizer:
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
         self.bos_id = self._special("bos")
         self.eos_id = self._special("eos")
+        self.encode_word = functools.lru_cache(WORDS)(self.encode)
+        """:meth:`encode` for short texts that come again and again; not to be changed."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -49,6 +55,9 @@ class Tokenizer:
         manifest = read_manifest(Path(folder), KIND, SCHEMA)
         check_files(Path(folder), manifest, checksums=True)
         return cls(Path(folder), manifest, tokenizers.Tokenizer.from_file(str(Path(folder) / FILE)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer.load, (self.folder,)
 
     def _special(self, role: str) -> int:
         token = self.manifest.settings.get(role, "")
@@ -64,6 +73,29 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """:meth:`encode` for many texts, on all threads."""
         return [list(one.ids) for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encodings(self, texts: Sequence[str]) -> "list[tokenizers.Encoding]":
+        """``ids`` of many texts, and ``offsets``: the first and the one-past-last character of each token."""
+        return list(self.backend.encode_batch(list(texts), add_special_tokens=False))
+
+    @functools.cached_property
+    def splits_at_blanks(self) -> bool:
+        """Whether it is known that words are tokenized one by one, by GPT-2's rules.
+
+        A word of letters then has the blank before it, if that is a space, and ends before the next blank; what comes
+        after does not change its tokens. False where the rules are others.
+        """
+        from tokenizers.models import BPE
+
+        rules, model = self.backend.pre_tokenizer, self.backend.model
+        steps = json.loads(rules.__getstate__()) if rules else {}
+        *before, last = steps.get("pretokenizers", [steps])
+        return (
+            last.get("type") == "ByteLevel" and last["use_regex"] and not last["add_prefix_space"]
+            and all(step["type"] == "Digits" for step in before)
+            and isinstance(model, BPE) and not model.dropout and self.backend.normalizer is None
+            and all(token.special for token in self.backend.get_added_tokens_decoder().values())
+        )
 
     def token_spans(self, text: str) -> list[tuple[int, int]]:
         """For each token of ``text``, the first and the one-past-last of its characters."""

@@ -1,4 +1,4 @@
-"""Documents a second per core of each step from raw files to a vocabulary, beside the same work by a bare library.
+"""Documents a second per core of each step from raw files to references, beside the same work by a bare library.
 
     python -m tests.benchmarks.bench_data [DOCUMENTS ...]
 
@@ -7,8 +7,12 @@ jobs, each in a process of its own, for every number of DOCUMENTS (10,000 and 10
 their largest memory. The texts are WordNet's, some of them repeated wholly or nearly.
 """
 
+import contextlib
 import hashlib
+import io
+import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,15 +20,22 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from data_tools.collect import DocumentFolder, make_plan, write_block
+from data_tools.collect import DocumentFolder, write_block
 from data_tools.deduplicate import Deduplication
 from data_tools.deduplicate import Options as DeduplicateOptions
 from data_tools.document_store import DocumentStore
+from data_tools.documents import Corpus
 from data_tools.filter import Options as FilterOptions
 from data_tools.filter import judge
+from data_tools.pieces import make_plan
+from data_tools.references import Options as ReferenceOptions
+from data_tools.references import write_references
+from data_tools.tokenize import Options as TokenizeOptions
+from data_tools.tokenize import write_tokens
 from data_tools.wordnet import CORPUS, load_entries
 from data_tools.words import split_words
 from megatron_m3.retrieval.tfidf import TfidfEmbedder
@@ -33,6 +44,8 @@ from megatron_m3.tokenizer import Tokenizer, extend_tokenizer, train_tokenizer
 SAMPLE = 2000
 NEURAL = 128
 """References for a neural embedder."""
+LENGTH = 128
+"""Most tokens in a reference."""
 ENTRIES = 25
 """Entries in a document: some 300 words."""
 HAN = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说"
@@ -205,6 +218,51 @@ def compare_embed(folder: Path) -> None:
          per_second(NEURAL, lambda: library.encode(few)))
 
 
+def compare_tokens(texts: Sequence[str], folder: Path) -> None:
+    """Whole jobs but for their start: read, tokenize or cut, write, hash; with the vocabulary that was made before.
+
+    The library reads the same file and encodes on one thread too: to token ids, written as they come; and to ids and
+    offsets, cut after every 128 tokens wherever that is, padded and written. Our references end at sentence ends, and
+    each has the tokens that it has by itself.
+    """
+    tokenizer, path = Tokenizer.load(folder / "base"), folder / "raw.jsonl"
+    backend, corpus, made = tokenizer.backend, Corpus([str(path)]), itertools.count()
+
+    def read() -> list[str]:
+        return [json.loads(line)["text"] for line in path.read_bytes().splitlines()]
+
+    def bare_tokens() -> None:
+        with (folder / "bare.bin").open("wb") as stream:
+            for encoding in backend.encode_batch_fast(read(), add_special_tokens=False):
+                stream.write(np.array([*encoding.ids, tokenizer.eos_id], np.uint16).tobytes())
+
+    def bare_references() -> None:
+        found, cut = read(), []
+        for text, encoding in zip(found, backend.encode_batch(found, add_special_tokens=False), strict=True):
+            ids, offsets = encoding.ids, encoding.offsets
+            for first in range(0, len(ids), LENGTH):
+                last = min(first + LENGTH, len(ids))
+                cut.append((text[offsets[first][0] : offsets[last - 1][1]], ids[first:last]))
+        tokens = np.zeros((len(cut), LENGTH), np.uint16)
+        for row, (_, ids) in zip(tokens, cut, strict=True):
+            row[: len(ids)] = ids
+        texts_of_all = np.frombuffer("".join(text for text, _ in cut).encode(), np.uint8)
+        np.savez(folder / "bare.npz", tokens=tokens, text=texts_of_all)
+
+    def ours[T](write: Callable[[Corpus, Tokenizer, Path, dict[str, Any], T], object], options: T) -> float:
+        def run() -> None:
+            with contextlib.redirect_stderr(io.StringIO()):
+                write(corpus, tokenizer, folder / f"out_{next(made)}", {"kind": "bench"}, options)
+
+        return per_second(len(texts), run)
+
+    tokenizing = TokenizeOptions(input=(), tokenizer="", output="")
+    cutting = ReferenceOptions(input=(), tokenizer="", output="", reference_length=LENGTH)
+    show("tokenize", ours(write_tokens, tokenizing), "encode_batch_fast, numpy", per_second(len(texts), bare_tokens))
+    show("references", ours(write_references, cutting), "encode_batch, plain cut",
+         per_second(len(texts), bare_references))
+
+
 JOBS = ("collect", "filter", "deduplicate")
 
 
@@ -238,6 +296,7 @@ def grow(count: int, folder: Path) -> None:
 
 def main() -> None:
     """Print both tables."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     texts = make_texts(SAMPLE)
     words = sum(len(text.split()) for text in texts) / len(texts)
     print(f"documents a second of one core, {len(texts):,} documents of {words:.0f} words")
@@ -248,6 +307,7 @@ def main() -> None:
         compare_filter(texts)
         compare_deduplicate(texts, folder)
         compare_tokenizer(texts, folder)
+        compare_tokens(texts, folder)
         compare_embed(folder)
     print(f"\n{'documents':>10}{'job':>14}{'came in':>10}{'kept':>10}{'a second':>12}{'raw MB':>9}{'out MB':>9}"
           f"{'peak MB':>10}")

@@ -16,6 +16,7 @@ from pyarrow import parquet
 from data_tools import collect, deduplicate, documents, references
 from data_tools import filter as filtering
 from data_tools.document_store import DocumentStore
+from data_tools.pieces import make_plan
 from data_tools.wordnet import CORPUS, load_entries
 from megatron_m3.errors import ArtifactError, ConfigError, DataError
 from megatron_m3.tokenizer import train_tokenizer
@@ -96,7 +97,7 @@ def test_pieces_of_a_large_file_hold_each_document_once(tmp_path, name):
     texts = [f"document {number}\n" * (number % 40 + 1) + "x" * (number * 7919 % 4096) for number in range(900)]
     data = lines_of([{"text": text} for text in texts]) if name == "big.jsonl" else "\n\n".join(texts).encode()
     (tmp_path / name).write_bytes(data)
-    plan = list(collect.make_plan([tmp_path / name], 50_000))
+    plan = list(make_plan([tmp_path / name], 50_000))
     assert len(plan) > 20
     folder = collect.DocumentFolder(tmp_path / "out", {"kind": "documents"})
     for index in range(len(plan)):

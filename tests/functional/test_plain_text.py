@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from data_tools import plain_text
-from data_tools.documents import Document
 from data_tools.plain_text import is_heldout
 from data_tools.published_texts import DIGITS, definition, manual_paragraphs, read_articles, read_pages
+from data_tools.records import Document
 from megatron_m3.errors import ConfigError, DataError
 from megatron_m3.tokenizer import Tokenizer, train_tokenizer
 

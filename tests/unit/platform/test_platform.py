@@ -61,6 +61,20 @@ def test_importing_megatron_core_first_is_our_bug():
     assert "must come before the first import of megatron.core" in done.stderr
 
 
+def test_data_jobs_start_without_torch():
+    done = in_new_process(
+        """
+        import importlib
+        from launch.m3 import JOBS
+        for job in JOBS["Data"]:
+            importlib.import_module(job.module)
+        import megatron_m3.data, megatron_m3.platform.progress, megatron_m3.references
+        sys.exit("torch" in sys.modules)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_world_that_the_sizes_do_not_divide_is_refused():
     check_world_size(ParallelConfig(tensor=2, pipeline=2), 8)
     with pytest.raises(ConfigError, match=r"parallel\.tensor=2 x parallel\.pipeline=2 needs a multiple of 4"):

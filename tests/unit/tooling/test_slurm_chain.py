@@ -198,7 +198,8 @@ def test_a_training_is_told_by_its_step_line_unless_it_failed(path: Path, tmp_pa
         ("data tokenize --input @.txt", {}, 0, "launch.m3 data tokenize --input @.txt"),
         ("data tokenize --input @.txt", {"SLURM_ARRAY_TASK_ID": "1", "M3_ARRAY": "a b"}, 0, "tokenize --input b.txt"),
         ("data filter --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 0, "launch.m3 data filter --input x"),
-        ("data tokenize --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 2, "an array of m3 data tokenize needs M3_ARRAY"),
+        ("data tokenize --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 0, "launch.m3 data tokenize --input x"),
+        ("data inspect --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 2, "an array of m3 data inspect needs M3_ARRAY"),
         ("score --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 2, "an array of m3 score --input needs M3_ARRAY"),
     ],
 )

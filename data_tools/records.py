@@ -1,0 +1,189 @@
+"""The records of a file: documents of JSON lines, text, parquet and WARC files, or why there is none.
+
+- ``.jsonl``, ``.json``, ``.jsonl.gz``, ``.jsonl.zst``: one object a line, its text in ``text``, optionally an ``id``.
+- ``.txt``: documents are separated by blank lines; also ``.txt.gz``, ``.txt.zst``.
+- ``.parquet``: a column ``text``, optionally ``id``.
+- ``.warc``, ``.warc.gz``: HTML pages, their main text; ``.warc.wet``, ``.warc.wet.gz``: texts. The id is the URL.
+
+A document without an id is called FILE:LINE (in parquet files lines are rows).
+"""
+
+import gzip
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from megatron_m3.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet", ".warc",
+            ".warc.gz", ".warc.wet", ".warc.wet.gz")
+
+
+class Document(NamedTuple):
+    """One text of the corpus."""
+
+    id: str
+    text: str
+
+
+class BadRecordError(Exception):
+    """Why a record cannot be used."""
+
+
+class Piece(NamedTuple):
+    """Some of a file; bytes at which records begin, in a plain file."""
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
+    """None for the whole file."""
+    lines_before: int | None = None
+    """Lines of the file before ``start``, where they were counted."""
+
+    @property
+    def name(self) -> str:
+        """FILE; FILE@START where lines are counted from there."""
+        return f"{self.path.name}@{self.start}" if self.start and self.lines_before is None else self.path.name
+
+    @property
+    def size(self) -> int:
+        """Bytes in it."""
+        return (self.path.stat().st_size if self.stop is None else self.stop) - self.start
+
+
+def read_records(piece: Piece) -> Iterator[tuple[int, Document | BadRecordError, int]]:
+    """Line, document (or why there is none), and position in the file in bytes, of every record of a piece.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = piece.path
+    if path.name.endswith(".parquet"):
+        records = _read_parquet(path)
+    elif ".warc" in path.name:
+        from data_tools.warc import read_warc
+
+        records = read_warc(path)
+    else:
+        records = _read_lines(path, piece.start, piece.stop)
+    name, before = piece.name, piece.lines_before or 0
+    for number, record, position in records:
+        line = before + number
+        try:
+            yield line, _document(record, f"{name}:{line}"), position
+        except BadRecordError as error:
+            yield line, error, position
+
+
+def _document(record: Any, name: str) -> Document:
+    if isinstance(record, BadRecordError):
+        raise record
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise BadRecordError("no text")
+    text: str = record["text"]
+    if not text.strip():
+        raise BadRecordError("empty text")
+    given = record.get("id")
+    document = Document(name if given is None else str(given), text)
+    try:
+        "".join(document).encode()
+    except UnicodeEncodeError:
+        raise BadRecordError("not valid Unicode") from None
+    return document
+
+
+type Records = Iterator[tuple[int, Any, int]]
+"""Line, record (or why it is bad), position in the file in bytes."""
+
+
+def _read_lines(path: Path, start: int, stop: int | None) -> Records:
+    import pyarrow
+
+    with path.open("rb") as raw:
+        raw.seek(start)
+        stream: Any = raw
+        if path.suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=raw)
+        elif path.suffix == ".zst":
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
+        lines = stream if stop is None else _lines_before(raw, stop)
+        records = _text_records(lines) if ".txt" in path.suffixes[-2:] else _json_records(lines)
+        try:
+            for line, record in records:
+                yield line, record, raw.tell()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path}: damaged gzip file ({error}); get it again") from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise DataError(f"{path}: damaged zstd file ({error}); get it again") from None
+
+
+def _lines_before(raw: BinaryIO, stop: int) -> Iterator[bytes]:
+    while raw.tell() < stop:
+        yield raw.readline()
+
+
+def _decode(line: bytes) -> str:
+    try:
+        return line.removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError:
+        raise BadRecordError("not UTF-8") from None
+
+
+def _json_records(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(_decode(line))
+        except BadRecordError as error:
+            yield number, error
+        except (ValueError, RecursionError):
+            yield number, BadRecordError("not JSON")
+
+
+def _text_records(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    lines: list[bytes] = []
+    start = 1
+    for number, line in enumerate(itertools.chain(stream, [b""]), 1):
+        if line.strip():
+            start = start if lines else number
+            lines.append(line)
+        elif lines:
+            try:
+                yield start, {"text": _decode(b"".join(lines)).rstrip("\r\n")}
+            except BadRecordError as error:
+                yield start, error
+            lines = []
+
+
+def _read_parquet(path: Path) -> Records:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        types = {name: str(kind) for name, kind in zip(file.schema_arrow.names, file.schema_arrow.types, strict=True)}
+        if types.get("text") not in ("string", "large_string", "binary", "large_binary"):
+            raise DataError(f"{path}: no column 'text' that holds text; its columns are {types}")
+        columns = [name for name in ("id", "text") if name in types]
+        row = 0
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            ids = batch.column("id").to_pylist() if "id" in types else [None] * len(batch)
+            for given, text in zip(ids, batch.column("text").cast(pyarrow.large_binary()).to_pylist(), strict=True):
+                row += 1
+                yield row, _row(given, text), path.stat().st_size * row // file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _row(given: Any, text: bytes | None) -> Any:
+    try:
+        return {"id": given, "text": None if text is None else _decode(text)}
+    except BadRecordError as error:
+        return error
