@@ -3,10 +3,10 @@
     python -m tests.benchmarks.bench_data_growth --folder F --documents 10000 100000 1000000 \
         --steps collect,filter,deduplicate --rows data_growth.jsonl --plot docs/data-growth.png
 
-Each step is the job `m3 data STEP`, in a process of its own, from nothing to its output in F/DOCUMENTS/STEP; its row is
-added when it ends. Steps with a row are left out, so the same command goes on where a long run was stopped; a step whose
-row is missing needs the outputs of the steps before it, and makes them again where they were removed. The documents are
-short texts of WordNet entries, a tenth of which repeat an earlier one wholly, a tenth but for a word.
+Each step is the job `m3 data STEP` in a process of its own, from nothing to its output in F/DOCUMENTS/STEP; its row is
+added when it ends. Steps with a row are left out, so the same command goes on where a long run was stopped. A step
+needs the outputs of those before it, and makes them again where they were removed. The documents are short texts of
+WordNet entries, a tenth of which repeat an earlier one wholly, a tenth but for a word.
 """
 
 import argparse
