@@ -96,10 +96,10 @@ class Deduplication:
         """128-bit hashes of the words of a block's documents, sorted."""
         digests = []
         for batch in self.store.batches(index):
-            for text in batch.column("text").to_pylist():
-                codes = split_words(text).codes
-                told_by = codes.tobytes() if len(codes) else text.encode()
-                digests.append(hashlib.blake2b(told_by, digest_size=16).digest())
+            texts = batch.column("text").to_pylist()
+            spelt = [words.spelt(text) for words in split_words(texts) for text in range(len(words.letters))]
+            digests += [hashlib.blake2b(told_by or text.encode(), digest_size=16).digest()
+                        for told_by, text in zip(spelt, texts, strict=True)]
         halves = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
         order = np.argsort(halves[:, 0], kind="stable")
         key, rest = halves[order].T
@@ -123,15 +123,19 @@ class Deduplication:
 
     def sign(self, index: int) -> None:
         """Signatures of a block's documents that are no exact repeats, and the keys of their bands, sorted."""
-        repeats = set(self._repeats("exact", index)[0].tolist())
-        rows, signatures, start = [], [np.zeros((0, self.minhash.num_perm), np.uint32)], 0
+        import pyarrow
+
+        new = np.ones(self.store.sizes[index], bool)
+        new[self._repeats("exact", index)[0]] = False
+        found, start = [(np.zeros(0, np.uint32), np.zeros((0, self.minhash.num_perm), np.uint32))], 0
         for batch in self.store.batches(index):
-            for row, text in enumerate(batch.column("text").to_pylist(), start):
-                if row not in repeats and len((words := split_words(text)).starts):
-                    rows.append(row)
-                    signatures.append(self.minhash.sign(words)[None])
+            rows = np.flatnonzero(new[start : start + len(batch)])
+            for words in split_words(batch.column("text").take(pyarrow.array(rows)).to_pylist()):
+                worded = np.flatnonzero(words.counts)
+                found.append(((start + rows[worded]).astype(np.uint32), self.minhash.sign(words)[worded]))
+                rows = rows[len(words.letters) :]
             start += len(batch)
-        signed, values = np.array(rows, np.uint32), np.concatenate(signatures)
+        signed, values = (np.concatenate(column) for column in zip(*found, strict=True))
         keys = self.minhash.band_keys(values).reshape(-1)
         order = np.argsort(keys, kind="stable")
         arrays = {"key": keys[order], "row": np.repeat(signed, self.minhash.bands)[order], "signed": signed,

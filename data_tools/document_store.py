@@ -85,7 +85,8 @@ class BlockWriter:
         """More for the record of the block."""
         self._documents = self._characters = self._bytes = 0
         self._rows: list[pyarrow.RecordBatch] = []
-        self._file = parquet.ParquetWriter(path, self.schema, compression="zstd", compression_level=3)
+        self._file = parquet.ParquetWriter(path, self.schema, compression="zstd", compression_level=3,
+                                           use_dictionary=False)  # texts and ids are all different
 
     def write(self, batch: "pyarrow.RecordBatch") -> None:
         """Add documents: a batch with the block's columns."""

@@ -181,5 +181,3 @@ def show_counts(title: str, counts: dict[str, Any]) -> None:
                 print(f"  {'- ' + reason:<28}{count:>14,}", file=sys.stderr)
         else:
             print(f"  {name:<28}{value:>14,}", file=sys.stderr)
-
-

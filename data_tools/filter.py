@@ -133,7 +133,8 @@ type Verdict = tuple[str | None, float | str, list[str]]
 
 def judge(texts: list[str], options: Options) -> Iterator[Verdict]:
     """The verdict on each text."""
-    verdicts = [judge_alone(text, options) for text in texts]
+    broken = (one for words in split_words(texts) for one in options.rules.broken_by(words))
+    verdicts = [judge_alone(text, rule, options) for text, rule in zip(texts, broken, strict=True)]
     if not options.quality:
         yield from verdicts
         return
@@ -147,9 +148,9 @@ def judge(texts: list[str], options: Options) -> Iterator[Verdict]:
     yield from verdicts
 
 
-def judge_alone(text: str, options: Options) -> Verdict:
-    """The verdict of rules and language."""
-    if broken := options.rules.broken_by(split_words(text), len(text)):
+def judge_alone(text: str, broken: tuple[str, float] | None, options: Options) -> Verdict:
+    """The verdict of rules, of which the text breaks ``broken``, and language."""
+    if broken:
         return broken[0], round(broken[1], 4), []
     if not options.languages:
         return None, "", []

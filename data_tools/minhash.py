@@ -1,6 +1,7 @@
 """MinHash signatures, and the bands that find pairs of alike ones (Broder 1997; Leskovec et al., ch. 3)."""
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,15 +47,17 @@ class MinHash:
         return self.num_perm // self.rows
 
     def sign(self, words: Words) -> np.ndarray:
-        """uint32 [num_perm]: the signature of a document's shingles."""
-        hashes = (words.hashes(self.shingle) >> np.uint64(32)).astype(np.uint32)
+        """uint32 [texts, num_perm]: the signatures of the texts' shingles; all ones where there is no word."""
+        hashes, firsts = words.hashes(self.shingle)
+        hashes = (hashes >> np.uint64(32)).astype(np.uint32)
         factors, offsets = _permutations(self.num_perm)
-        least = np.full(self.num_perm, 0xFFFFFFFF, np.uint32)
-        for first in range(0, len(hashes), HASHES_AT_A_TIME):
-            table = hashes[first : first + HASHES_AT_A_TIME] * factors
-            table += offsets
-            np.minimum(least, table.min(axis=1), out=least)
-        return least
+        signatures = np.full((len(firsts) - 1, self.num_perm), 0xFFFFFFFF, np.uint32)
+        for signature, (first, last) in zip(signatures, itertools.pairwise(firsts.tolist()), strict=True):
+            for begin in range(first, last, HASHES_AT_A_TIME):
+                table = hashes[begin : min(begin + HASHES_AT_A_TIME, last)] * factors
+                table += offsets
+                np.minimum(signature, table.min(axis=1), out=signature)
+        return signatures
 
     def band_keys(self, signatures: np.ndarray) -> np.ndarray:
         """uint64 [documents, bands]: equal where two documents agree in a whole band (or by a chance of 2^-64)."""

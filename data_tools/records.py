@@ -74,25 +74,26 @@ def read_records(piece: Piece) -> Iterator[tuple[int, Document | BadRecordError,
     for number, record, position in records:
         line = before + number
         try:
-            yield line, _document(record, f"{name}:{line}"), position
+            yield line, _document(record, name, line), position
         except BadRecordError as error:
             yield line, error, position
 
 
-def _document(record: Any, name: str) -> Document:
+def _document(record: Any, file: str, line: int) -> Document:
     if isinstance(record, BadRecordError):
         raise record
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise BadRecordError("no text")
     text: str = record["text"]
-    if not text.strip():
+    if not text or text.isspace():
         raise BadRecordError("empty text")
     given = record.get("id")
-    document = Document(name if given is None else str(given), text)
-    try:
-        "".join(document).encode()
-    except UnicodeEncodeError:
-        raise BadRecordError("not valid Unicode") from None
+    document = Document(f"{file}:{line}" if given is None else str(given), text)
+    if not (text.isascii() and document.id.isascii()):
+        try:
+            "".join(document).encode()
+        except UnicodeEncodeError:
+            raise BadRecordError("not valid Unicode") from None
     return document
 
 
@@ -136,11 +137,12 @@ def _decode(line: bytes) -> str:
 
 
 def _json_records(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    decode = json.JSONDecoder().decode
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
         try:
-            yield number, json.loads(_decode(line))
+            yield number, decode(_decode(line))
         except BadRecordError as error:
             yield number, error
         except (ValueError, RecursionError):

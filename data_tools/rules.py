@@ -4,6 +4,7 @@ The paper gives three thresholds and calls two only "exceptionally high" and "ex
 choices, as is what a word is (data_tools/words.py). Unique words and entropy are counted as RedPajama-V2 does.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,24 +36,37 @@ class Rules:
             if getattr(self, name) < 0:
                 raise ConfigError(f"rules.{name}={getattr(self, name)}: must not be negative")
 
-    def broken_by(self, words: Words, characters: int) -> tuple[str, float] | None:
-        """The first rule that a document of ``characters`` characters breaks, and its value; None if it keeps all."""
-        count = len(words.starts)
-        if count < max(1, self.min_words):
-            return "too few words", count
-        length = float((words.ends - words.starts).mean())
-        if length > self.max_word_length:
-            return "words too long", length
-        other = 1 - words.letters / characters
-        if other > self.max_non_alphabetic:
-            return "too few letters", other
-        ordered = np.sort(words.hashes())
-        edges = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
-        times = np.diff(edges, prepend=0, append=count)
-        unique = len(times) / count
-        if unique > self.max_unique_words:
-            return "too many unique words", unique
-        entropy = float(np.log(count) - (times * np.log(times)).sum() / count)
-        if entropy < self.min_entropy:
-            return "too little entropy", entropy
-        return None
+    def broken_by(self, words: Words) -> list[tuple[str, float] | None]:
+        """For each text the first rule that it breaks, and its value; None if it keeps all."""
+        counts = words.counts
+        some = np.maximum(counts, 1)
+        lengths = np.append(0, np.cumsum(words.ends - words.starts))[words.firsts]
+        unique, entropy = _unique_words_and_entropy(words)
+        checks = (
+            ("too few words", counts, counts < max(1, self.min_words)),
+            ("words too long", length := np.diff(lengths) / some, length > self.max_word_length),
+            ("too few letters", other := 1 - words.letters / np.maximum(words.characters, 1),
+             other > self.max_non_alphabetic),
+            ("too many unique words", share := unique / some, share > self.max_unique_words),
+            ("too little entropy", entropy, entropy < self.min_entropy),
+        )
+        found: list[tuple[str, float] | None] = [None] * len(counts)
+        for reason, values, broken in reversed(checks):
+            for text in np.flatnonzero(broken):
+                found[text] = reason, values[text].item()
+        return found
+
+
+def _unique_words_and_entropy(words: Words) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct words of each text, and the entropy of the frequencies of its words in nats (0 where it has none)."""
+    hashes, firsts = words.hashes()
+    for first, last in itertools.pairwise(firsts.tolist()):
+        hashes[first:last].sort()
+    begins = np.ones(len(hashes) + 1, bool)
+    begins[1:-1] = hashes[1:] != hashes[:-1]
+    begins[firsts] = True
+    edges = np.flatnonzero(begins)
+    times = np.diff(edges)
+    text = np.repeat(np.arange(len(firsts) - 1), words.counts)[edges[:-1]]
+    unique, counts = np.bincount(text, minlength=len(firsts) - 1), np.maximum(words.counts, 1)
+    return unique, np.log(counts) - np.bincount(text, times * np.log(times), len(firsts) - 1) / counts

@@ -1,10 +1,9 @@
 """Documents a second per core of each step from raw files to references, beside the same work by a bare library.
 
-    python -m tests.benchmarks.bench_data [DOCUMENTS ...]
+    python -m tests.benchmarks.bench_data          # index and neighbours: bench_index
 
-Times are of the CPU. First each step's kernel, in this process, on the same documents as the library's; then whole
-jobs, each in a process of its own, for every number of DOCUMENTS (10,000 and 100,000), with their start, their disk and
-their largest memory. The texts are WordNet's, some of them repeated wholly or nearly.
+Times are of the CPU, of each step's kernel in this process, on the same documents as the library's: WordNet's texts,
+short and long, some of them repeated wholly or nearly. Whole jobs, and how they grow: bench_data_growth.
 """
 
 import contextlib
@@ -14,8 +13,6 @@ import itertools
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -46,13 +43,13 @@ NEURAL = 128
 """References for a neural embedder."""
 LENGTH = 128
 """Most tokens in a reference."""
-ENTRIES = 25
-"""Entries in a document: some 300 words."""
+ENTRIES = (7, 25)
+"""Entries in a document: some 80 and 300 words."""
 HAN = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说"
 
 
-def make_texts(count: int) -> list[str]:
-    """Texts of WordNet entries; a tenth repeat an earlier one wholly, a tenth but for a word."""
+def make_texts(count: int, size: int) -> list[str]:
+    """Texts of ``size`` WordNet entries; a tenth repeat an earlier one wholly, a tenth but for a word."""
     rng, texts = random.Random(0), []
     entries = [f"{entry.opening} {entry.gloss}." for entry in load_entries(CORPUS, 160)]
     for number in range(count):
@@ -61,7 +58,7 @@ def make_texts(count: int) -> list[str]:
             text = rng.choice(texts)
             texts.append(text if kind < 0.1 else text.replace(" the ", f" n{number} ", 1))
         else:
-            texts.append(" ".join(rng.choices(entries, k=ENTRIES)))
+            texts.append(" ".join(rng.choices(entries, k=size)))
     return texts
 
 
@@ -161,7 +158,7 @@ def compare_deduplicate(texts: Sequence[str], folder: Path) -> None:
             index.query(signature)
             index.insert(str(number), signature)
 
-    show("deduplicate, signing", per_second(len(texts), lambda: [minhash.sign(split_words(text)) for text in texts]),
+    show("deduplicate, signing", per_second(len(texts), lambda: list(map(minhash.sign, split_words(texts)))),
          "datasketch MinHash", per_second(len(texts), signatures, 1))
     show("deduplicate, all", per_second(len(texts), ours), "datasketch MinHash, LSH", per_second(len(texts), theirs, 1))
 
@@ -263,57 +260,23 @@ def compare_tokens(texts: Sequence[str], folder: Path) -> None:
          per_second(len(texts), bare_references))
 
 
-JOBS = ("collect", "filter", "deduplicate")
-
-
-def measure(job: str, options: Sequence[str]) -> tuple[float, float]:
-    """Seconds of the CPU and most memory in MB of a job in a process of its own, started by a small one."""
-    watch = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True);"
-             "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used[0] + used[1], used[2])")
-    command = [sys.executable, "-c", watch, sys.executable, "-m", "launch.m3", "data", job, *options]
-    seconds, kilobytes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return float(seconds), int(kilobytes) / 1024
-
-
-def grow(count: int, folder: Path) -> None:
-    """Whole jobs on ``count`` documents."""
-    raw = folder / "raw.jsonl"
-    with raw.open("w") as stream:
-        for number, text in enumerate(make_texts(count)):
-            stream.write(json.dumps({"id": f"d{number}", "text": text}) + "\n")
-    megabytes = raw.stat().st_size / 1e6
-    source = str(raw)
-    for job in JOBS:
-        more = ["--block-megabytes", "16"] if job == "collect" else []
-        more += ["--part-entries", str(1 << 20)] if job == "deduplicate" else []
-        seconds, memory = measure(job, ["--input", source, "--output", str(folder / job), *more])
-        counts = json.loads((folder / job / "counts.json").read_text())
-        source = str(folder / job)
-        size = sum(path.stat().st_size for path in (folder / job).rglob("*") if path.is_file()) / 1e6
-        print(f"{count:>10,}{job:>14}{counts['came in']:>10,}{counts['documents']:>10,}"
-              f"{counts['came in'] / seconds:>12,.0f}{megabytes:>9,.0f}{size:>9,.0f}{memory:>10,.0f}", flush=True)
-
-
 def main() -> None:
-    """Print both tables."""
+    """Print the table."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    texts = make_texts(SAMPLE)
-    words = sum(len(text.split()) for text in texts) / len(texts)
-    print(f"documents a second of one core, {len(texts):,} documents of {words:.0f} words")
-    print(f"{'step':<22}{'ours':>12}{'library':>12}{'ratio':>9}  library")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        compare_collect(texts, folder)
-        compare_filter(texts)
-        compare_deduplicate(texts, folder)
-        compare_tokenizer(texts, folder)
-        compare_tokens(texts, folder)
-        compare_embed(folder)
-    print(f"\n{'documents':>10}{'job':>14}{'came in':>10}{'kept':>10}{'a second':>12}{'raw MB':>9}{'out MB':>9}"
-          f"{'peak MB':>10}")
-    for count in [int(one) for one in sys.argv[1:]] or [10_000, 100_000]:
+    print("documents, then references, a second of one core")
+    for entries in ENTRIES:
+        texts = make_texts(SAMPLE, entries)
+        words = sum(len(text.split()) for text in texts) / len(texts)
+        print(f"{f'{words:.0f} words each':<22}{'ours':>12}{'library':>12}{'ratio':>9}  library")
         with tempfile.TemporaryDirectory() as name:
-            grow(count, Path(name))
+            folder = Path(name)
+            compare_collect(texts, folder)
+            compare_filter(texts)
+            compare_deduplicate(texts, folder)
+            compare_tokenizer(texts, folder)
+            compare_tokens(texts, folder)
+    with tempfile.TemporaryDirectory() as name:
+        compare_embed(Path(name))
 
 
 if __name__ == "__main__":

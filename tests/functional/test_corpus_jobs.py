@@ -1,6 +1,7 @@
 """From raw files to kept documents: what each format gives, what is set aside and why, and the same bytes always."""
 
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -145,6 +146,16 @@ def test_filter_and_duplicates_and_what_is_listed_as_dropped(corpus, tmp_path):
     assert report.startswith("3 documents\n")
     assert f"d{len(texts) - 5}" in report
     assert not (tmp_path / "unique" / "stages").exists()
+
+
+def test_the_jobs_do_without_torch(corpus, tmp_path):
+    folder, _ = corpus
+    steps = [folder / "a.jsonl", *(tmp_path / name for name in ("collect", "filter", "deduplicate"))]
+    code = "\n".join(["import sys", *(
+        f"from data_tools.{output.name} import main; main(['--input', '{source}', '--output', '{output}'])"
+        for source, output in itertools.pairwise(steps)), "sys.exit('torch' in sys.modules)"])
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert (tmp_path / "deduplicate" / "manifest.json").exists()
 
 
 def test_the_bytes_do_not_depend_on_parts_or_on_how_many_work(corpus, tmp_path):

@@ -1,19 +1,23 @@
 """Words and their hashes against Python's own string functions, and every rule of the filter on both of its sides."""
 
+import itertools
 import math
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
+from data_tools import words as words_module
 from data_tools.languages import detect
+from data_tools.minhash import MinHash
 from data_tools.rules import Rules
 from data_tools.words import split_words
 
 
 def words_of(text):
-    found = split_words(text)
-    whole = found.text()
+    [found] = split_words([text])
+    whole = found.spelt(0).decode("utf-32-le")
     assert whole == " ".join(whole.split())
     words = [whole[first:last] for first, last in zip(found.starts, found.ends, strict=True)]
     assert words == whole.split()
@@ -40,13 +44,33 @@ def test_words_of_ascii_text_are_those_of_python():
         assert words_of(text) == plain.split()
 
 
+@pytest.mark.parametrize("most", [1, 40, 1 << 16])
+def test_texts_together_give_what_each_gives_alone(most, monkeypatch):
+    monkeypatch.setattr(words_module, "CHARACTERS_AT_A_TIME", most)
+    rng = random.Random(2)
+    texts = ["", "中", "…", *("".join(rng.choices("aÉ中'’ \n.9Σ\u0301", k=rng.randrange(80))) for _ in range(60)), ""]
+    together = list(split_words(texts))
+    for run in (1, 5):
+        hashes = [found[first:last].tolist() for words in together for found, firsts in [words.hashes(run)]
+                  for first, last in itertools.pairwise(firsts)]
+        assert hashes == [next(split_words([text])).hashes(run)[0].tolist() for text in texts]
+    spelt = [words.spelt(text) for words in together for text in range(len(words.letters))]
+    assert spelt == [next(split_words([text])).spelt(0) for text in texts]
+    signatures = np.concatenate([MinHash().sign(words) for words in together])
+    assert (signatures == np.concatenate([MinHash().sign(*split_words([text])) for text in texts])).all()
+    rules = Rules(min_words=3, max_word_length=3, max_non_alphabetic=0.6, max_unique_words=0.9, min_entropy=1.2)
+    broken = [found for words in together for found in rules.broken_by(words)]
+    assert len({found and found[0] for found in broken}) == 6
+    assert broken == [rules.broken_by(next(split_words([text])))[0] for text in texts]
+
+
 @pytest.mark.parametrize("run", [1, 2, 5])
 def test_hashes_are_equal_where_and_only_where_runs_are(run):
     rng = random.Random(run)
     seen = {}
     for _ in range(50):
         words = [rng.choice(["a", "ab", "b", "ba", "中", "the"]) for _ in range(rng.randrange(1, 60))]
-        hashes = split_words(" ".join(words)).hashes(run)
+        hashes, _ = next(split_words([" ".join(words)])).hashes(run)
         length = min(run, len(words))
         runs = [tuple(words[first : first + length]) for first in range(len(words) - length + 1)]
         assert len(hashes) == len(runs)
@@ -68,9 +92,8 @@ def text_of(count, distinct, length=4):
     (text_of(104, 13), text_of(96, 12), "too little entropy"),
 ])
 def test_each_rule_drops_on_its_side_only(kept, dropped, reason):
-    judge = lambda text: Rules().broken_by(split_words(text), len(text))  # noqa: E731
-    assert judge(kept) is None
-    assert judge(dropped)[0] == reason
+    [words] = split_words([kept, dropped, kept])
+    assert [found and found[0] for found in Rules().broken_by(words)] == [None, reason, None]
 
 
 def test_values_of_the_rules_are_those_of_the_definitions():
@@ -78,12 +101,13 @@ def test_values_of_the_rules_are_those_of_the_definitions():
     counts = Counter(text.split())
     total = sum(counts.values())
     entropy = -sum(count / total * math.log(count / total) for count in counts.values())
-    broken = Rules(min_entropy=10).broken_by(split_words(text), len(text))
+    [words] = split_words([text])
+    [broken] = Rules(min_entropy=10).broken_by(words)
     assert broken == ("too little entropy", pytest.approx(entropy))
-    broken = Rules(max_unique_words=0).broken_by(split_words(text), len(text))
+    [broken] = Rules(max_unique_words=0).broken_by(words)
     assert broken == ("too many unique words", pytest.approx(len(counts) / total))
     letters = sum(one.isalpha() for one in text)
-    broken = Rules(max_non_alphabetic=0).broken_by(split_words(text), len(text))
+    [broken] = Rules(max_non_alphabetic=0).broken_by(words)
     assert broken == ("too few letters", pytest.approx(1 - letters / len(text)))
 
 
