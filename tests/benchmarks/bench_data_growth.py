@@ -186,10 +186,13 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         time_axes.plot(counts, each, "o-", color=colour, markersize=4, label=step)
         memory_axes.plot(counts, [row["peak_mib"] for row in mine], "o-", color=colour, markersize=4, label=step)
     for axes, title in ((time_axes, "CPU milliseconds a document"), (memory_axes, "largest resident memory, MiB")):
-        axes.set(xscale="log", yscale="log", xlabel="documents", title=title)
-        axes.grid(color="#e6e6e6", linewidth=0.6, which="both")
+        axes.set(xscale="log", xlabel="documents", title=title)
+        axes.grid(color="#e6e6e6", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+    time_axes.set_yscale("log")
+    time_axes.yaxis.set_major_formatter("{x:g}")
+    memory_axes.set_ylim(bottom=0)
     time_axes.legend(fontsize=8, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
