@@ -28,7 +28,7 @@ from megatron_m3.manifest import atomic_path
 
 ROWS = Path(__file__).with_name("data_growth.jsonl")
 ENTRIES = 7
-"""Entries in a document: some 85 words."""
+"""Entries in a document: some 100 words."""
 POLL_SECONDS = 0.5
 """Between looks at how much of the disk a job takes."""
 STEPS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
