@@ -175,6 +175,7 @@ def line_of(row: dict[str, Any]) -> str:
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write a PNG: CPU milliseconds a document and peak MiB of each step against the number of documents."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(10.5, 4.4), dpi=144, layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
@@ -190,7 +191,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.grid(color="#e6e6e6", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    time_axes.set_yscale("log")
+    time_axes.set_yscale("log", subs=())
+    time_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     time_axes.yaxis.set_major_formatter("{x:g}")
     memory_axes.set_ylim(bottom=0)
     time_axes.legend(fontsize=8, frameon=False)
