@@ -167,13 +167,13 @@ class _Work:
             server.service.submit(self.tickets)
         except BusyError as error:
             raise RequestError(str(error), status=429, code="queue_full") from None
-        self.watching = asyncio.create_task(self._watch())
 
     def _tell(self, piece: Piece) -> None:
         self.loop.call_soon_threadsafe(self.news.put_nowait, piece)
 
     async def _choices(self) -> AsyncIterator[dict[str, Any]]:
         """Pieces of the answer as they come, until every prompt has its last one."""
+        watching = asyncio.create_task(self._watch())
         left = len(self.tickets)
         try:
             while left:
@@ -185,7 +185,7 @@ class _Work:
                 left -= piece.reason is not None
                 yield self.answer.choice(piece.ticket.index, piece.text, piece.reason, piece.ticket.continuation)
         finally:
-            self.watching.cancel()
+            watching.cancel()
             self._drop()
 
     async def _watch(self) -> None:
