@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_m3.config import Config, ModelConfig
 from megatron_m3.model.rope import Rope, rotate
 from megatron_m3.model.selection import local_memory_heads, select_in_layer
+from megatron_m3.ops.choice import choose_backend
 from megatron_m3.ops.memory_attention import get_backend
 
 
@@ -73,7 +74,7 @@ class JointLayout:
 
     def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
         """See :class:`megatron_m3.model.attention.AttentionPlan`; the last memory layer returns the trunk alone."""
-        backend = get_backend(self.config.model.attention)
+        backend = get_backend(choose_backend(self.config.model).name)
         carries_references = self.reference_lengths_BN is not None and layer <= self.config.memory_layers[-1]
         head = self.num_reference_rows if carries_references else 0
         table = _rope_table(self, head, query_SBHD.device, query_SBHD.dtype)
