@@ -145,8 +145,9 @@ def bind(host: str, port: int) -> Iterator[socket.socket]:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise ConfigError(f"host={host}, port={port}: {error.strerror}; choose another --host or --port") from None
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no name of a machine"
+        raise ConfigError(f"host={host}, port={port}: {reason}; choose another --host or --port") from None
     with listener:
         yield listener
 

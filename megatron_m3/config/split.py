@@ -1,9 +1,9 @@
 """Which layers lie on which pipeline stage, so that the slowest stage is as fast as can be.
 
 Layers up to the last memory layer also see the references, about three times the tokens, and the output projection may
-weigh as much as many layers. What is split is the row of parts ``[embedding, layers..., output projection]``, as
-megatron-core allows it: each chunk takes one run of parts and at least one of them. So only the first and the last
-chunk may go without layers.
+weigh as much as many layers. What is split is the row of parts ``[embedding, layers..., output projection]``: each
+chunk takes one run of parts and at least one of them, since one without would only pass on what it gets. So only the
+first and the last chunk may go without layers; numbers that a user gives may leave any chunk without.
 """
 
 import functools

@@ -7,6 +7,7 @@ from itertools import accumulate
 from megatron_m3.config import Config, stage_layers
 from megatron_m3.config.pipeline_time import PipelineTime, most_held, pipeline_time
 from megatron_m3.config.split import chunk_costs, even_layers, part_costs
+from megatron_m3.errors import ConfigError
 from megatron_m3.evaluation.cost import TFLOP, columns, format_bytes
 from megatron_m3.training.checks import num_micro_batches
 
@@ -173,7 +174,11 @@ def _advice(config: Config, time: PipelineTime, micro_batches: int) -> Iterator[
         return
 
     def shortened(**changes: object) -> float:
-        return 1 - _time(_laid_out(config, **changes), micro_batches).total / time.total
+        try:
+            other = _laid_out(config, **changes)
+        except ConfigError:  # too few layers for it
+            return 0.0
+        return 1 - _time(other, micro_batches).total / time.total
 
     if parallel.split != "auto" and (better := shortened(split="auto")) > 0.001:
         planned = stage_layers(_laid_out(config, split="auto"))
@@ -190,8 +195,7 @@ def _advice(config: Config, time: PipelineTime, micro_batches: int) -> Iterator[
         ways = [f"training.global_batch={2 * training.global_batch}"]
         ways += [f"training.micro_batch={training.micro_batch // 2}"] * (training.micro_batch % 2 == 0)
         yield f"Twice the micro-batches ({' or '.join(ways)}) would bring the waiting to {_percent(doubled)}."
-    fits = 2 * parallel.pipeline - 1 + training.frozen_layers <= config.model.num_layers
-    if parallel.interleave == 1 and fits and micro_batches % parallel.pipeline == 0:
+    if parallel.interleave == 1 and micro_batches % parallel.pipeline == 0:
         better = shortened(split="auto", interleave=2)
         if better > 0.001:
             yield f"parallel.interleave=2 would shorten a step by {_percent(better)}, for more messages."

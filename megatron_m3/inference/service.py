@@ -176,7 +176,7 @@ class Service:
             return False
         reason: Reason | None = None
         if writer.stopped or not one.goes_on:
-            ticket.untold += writer.finish(one.tokens)
+            ticket.untold += writer.finish()
             reason = "stop" if writer.stopped or one.ended else "length"
             one.dropped = True
             self.metrics.request_seconds.observe(time.monotonic() - ticket.since)

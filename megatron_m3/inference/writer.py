@@ -2,32 +2,47 @@
 
 from collections.abc import Sequence
 
-from tokenizers.decoders import DecodeStream
-
 from megatron_m3.tokenizer import Tokenizer
+
+HALF = "\ufffd"
+"""What bytes become that are no whole character, or not yet."""
 
 
 class Writer:
-    """Turns tokens into pieces of text; joined, these are what the tokens decode to at once, up to a stop text."""
+    """Turns tokens into pieces of text; joined, these are what the tokens decode to at once, up to a stop text.
+
+    Bytes that are no UTF-8 may become other replacement characters than at once.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.stopped = False
         """Whether a stop text came; it and what follows are left out."""
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        """The last that are text already, for what depends on them, and those that are none yet."""
+        self._written = 0
+        """How many of these are text."""
         self._text = ""
         self._given = 0
 
     def push(self, tokens: Sequence[int]) -> str:
         """The piece that further tokens add. Half a character waits for its rest, and so does half a stop text."""
-        added = "".join(self._stream.step(self.tokenizer.backend, token) or "" for token in tokens)
-        self._add(added)
+        self._tokens += tokens
+        added = self._unwritten()
+        if added and not added.endswith(HALF):
+            self._tokens, self._written = self._tokens[self._written :], len(self._tokens) - self._written
+            self._add(added)
         return self._give(len(self._text) - self._held())
 
-    def finish(self, tokens: Sequence[int]) -> str:
-        """The last piece; ``tokens`` are all that were pushed."""
-        self._add(self.tokenizer.decode(tokens)[len(self._text) :])
+    def finish(self) -> str:
+        """The last piece."""
+        self._add(self._unwritten())
         return self._give(len(self._text))
+
+    def _unwritten(self) -> str:
+        """What the last tokens add to the text."""
+        before = self.tokenizer.decode(self._tokens[: self._written])
+        return self.tokenizer.decode(self._tokens)[len(before) :]
 
     def _add(self, added: str) -> None:
         if self.stopped:

@@ -232,12 +232,12 @@ class MemoryBank:
         rows, parts = self._start(distinct, kv_heads)
         if len(rows) <= DECODED_RECORDS:
             collections.deque(parts, 0)
-            whole = self.decode(rows, kv_heads).to(device, dtype)
+            whole = self.decode(rows, kv_heads, dtype).to(device, dtype)
         else:
             order, decoded = [], []
             for part in _joined(parts, DECODED_RECORDS):
                 order += part
-                decoded.append(self.decode(rows[part], kv_heads).to(device, dtype))
+                decoded.append(self.decode(rows[part], kv_heads, dtype).to(device, dtype))
             whole = ExplicitMemories.concatenate(decoded)[np.argsort(order).tolist()]
         return whole if inverse is None else whole[inverse.tolist()]
 
@@ -263,10 +263,12 @@ class MemoryBank:
         """
         return self.rows(ids)
 
-    def decode(self, rows: np.ndarray, kv_heads: slice = slice(None)) -> ExplicitMemories:
-        """The memories in ``rows``, as :meth:`rows` gives them."""
+    def decode(
+        self, rows: np.ndarray, kv_heads: slice = slice(None), dtype: torch.dtype = torch.float32
+    ) -> ExplicitMemories:
+        """The memories in ``rows``, as :meth:`rows` gives them, where :meth:`decode_on` says."""
         codes_NCB, positions, num_kept = self._part(kv_heads)[0].unpack(rows)
-        kv = self.codec.decode(codes_NCB, positions, num_kept, kv_heads)
+        kv = self.codec.decode(codes_NCB, positions, num_kept, kv_heads, dtype)
         return ExplicitMemories(kv=kv, positions=positions, num_kept=num_kept)
 
     def _part(self, kv_heads: slice) -> tuple[RecordLayout, list[slice]]:

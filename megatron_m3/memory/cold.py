@@ -42,8 +42,8 @@ class ColdMemories:
         config = loaded.config
         held_LG = held_lists(config.memory_heads, config.model.num_kv_heads)
         self.loaded, self.references = loaded, references
-        codec = codec or SeparateCodec.none(config.model.head_size, config.training.dtype, held_LG)
-        self.codec = codec.to(loaded.device)
+        self.codec = codec or SeparateCodec.none(config.model.head_size, config.training.dtype, held_LG)
+        self.decode_on(loaded.device)
         self.settings = BankSettings.of(config, num_references=len(references), block_size=BLOCK_SIZE,
                                         codec=self.codec.name, token_bytes=self.codec.token_bytes)
         self.record = self.settings.record
@@ -95,10 +95,16 @@ class ColdMemories:
                 self.mirror.write(wanted.some(missing), rows[missing])
         return rows
 
-    def decode(self, rows: np.ndarray, kv_heads: slice = slice(None)) -> ExplicitMemories:
-        """The memories in ``rows``, as :meth:`rows` gives them, on the model's device."""
+    def decode_on(self, device: torch.device | str) -> None:
+        """Have memories become codes, and codes numbers, on ``device``; until then on the model's."""
+        self.codec = self.codec.to(device)
+
+    def decode(
+        self, rows: np.ndarray, kv_heads: slice = slice(None), dtype: torch.dtype = torch.float32
+    ) -> ExplicitMemories:
+        """The memories in ``rows``, as :meth:`rows` gives them, where :meth:`decode_on` says."""
         codes_NCB, positions, num_kept = self.record.part(kv_heads)[0].unpack(rows)
-        kv = self.codec.decode(codes_NCB, positions, num_kept, kv_heads)
+        kv = self.codec.decode(codes_NCB, positions, num_kept, kv_heads, dtype)
         return ExplicitMemories(kv=kv, positions=positions, num_kept=num_kept)
 
     def _write(self, ids: np.ndarray) -> np.ndarray:

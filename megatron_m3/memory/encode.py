@@ -5,6 +5,7 @@ Letters: N references, T tokens (P of them prefix), L memory layers, X key or va
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -123,17 +124,25 @@ class LateMemories:
         if self.written is None:
             yield
             return
-        stream = torch.cuda.Stream(self.device)
+        stream = _side_stream(self.device)
         with torch.cuda.stream(stream):
             stream.wait_event(self.written)
-            yield
-        stream.synchronize()  # the batches' room may be given away after this
+            try:
+                yield
+            finally:
+                stream.synchronize()  # the batches' room may be given away after this
 
     def _whole(self) -> ExplicitMemories:
         """All of them in the order wanted, keys and values on the device."""
         parts = [replace(batch, positions=batch.positions.cpu(), num_kept=batch.num_kept.cpu())
                  for batch in self.batches]
         return ExplicitMemories.concatenate(parts)[self.order_N]
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device beside the passes: what the allocator gave to a stream, it keeps for that stream."""
+    return torch.cuda.Stream(device)
 
 
 def _no_memories(config: Config) -> ExplicitMemories:

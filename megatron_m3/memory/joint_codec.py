@@ -5,8 +5,8 @@ all tokens of a head have in common costs nothing; and bits go where a reader wo
 head, one of each layer, share their bytes: slot k of all of them is one code of n bytes a list.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import torch
@@ -15,10 +15,17 @@ from torch import Tensor
 
 from megatron_m3.errors import ArtifactError
 from megatron_m3.memory.codec import Codec
+from megatron_m3.memory.record import by_head
 from megatron_m3.memory.sensitivity import Sensitivity
 from megatron_m3.memory.types import ExplicitMemories
 from megatron_m3.model.rope import rotate
 from megatron_m3.ops.codec.transform import TransformCode
+
+if TYPE_CHECKING:
+    from megatron_m3.ops.codec.triton_decode import SlotDecoder
+
+MOST_POSITIONS = 1 << 15
+"""Places of tokens that a record can hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,7 @@ class JointCodec(Codec):
     """Its classes are the lists, by layer and head."""
     frequency: Tensor
     """float64 [D/2]: angle of each pair of a key by which one position turns it."""
+    _decoders: "dict[tuple[int, int], SlotDecoder]" = field(default_factory=dict, init=False, repr=False, compare=False)
     kind: ClassVar[str] = "joint"
 
     @classmethod
@@ -75,6 +83,46 @@ class JointCodec(Codec):
             codes_NB = self.code.encode(head, vectors_CND[lists_C]).cpu().numpy()
             codes_NCB[:, lists_C] = codes_NB.reshape(N, lists_C.sum(), codes_NCB.shape[2])
         return codes_NCB
+
+    def decode(
+        self, codes_NCB: np.ndarray, positions_NLGK: Tensor, num_kept_N: Tensor, heads: slice = slice(None),
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """See :class:`Codec`; on a CUDA device by one kernel."""
+        how = self.decode_at_once if self.device.type == "cuda" else super().decode
+        return how(codes_NCB, positions_NLGK, num_kept_N, heads, dtype)
+
+    def decode_at_once(
+        self, codes_NCB: np.ndarray, positions_NLGK: Tensor, num_kept_N: Tensor, heads: slice, dtype: torch.dtype
+    ) -> Tensor:
+        """:meth:`decode` by a kernel that writes nothing but the result.
+
+        Raises:
+            UnsupportedError: neither a CUDA device with Triton nor Triton's interpreter, or too large a head size.
+        """
+        held_LG = self._held(positions_NLGK, heads)
+        order_C = by_head(held_LG)
+        positions_NCK = positions_NLGK[:, held_LG][:, order_C].to(self.device)
+        codes_NB = torch.from_numpy(codes_NCB[:, order_C]).flatten(1).to(self.device)
+        (N, L, G, K), make = positions_NLGK.shape, torch.empty if held_LG.all() else torch.zeros
+        kv_NLXGKD = make(N, L, 2, G, K, self.head_size, dtype=dtype, device=self.device)
+        row_N = torch.arange(N, device=self.device)
+        self._decoder(heads).decode(
+            codes_NB, positions_NCK, num_kept_N.to(self.device),
+            torch.stack([row_N, row_N, torch.zeros_like(row_N)], 1), kv_NLXGKD.permute(1, 2, 0, 3, 4, 5))
+        return kv_NLXGKD
+
+    def _decoder(self, heads: slice) -> "SlotDecoder":
+        """The kernel with the tables of some heads."""
+        from megatron_m3.ops.codec.triton_decode import SlotDecoder
+
+        first, last, _ = heads.indices(self.num_heads)
+        if (first, last) not in self._decoders:
+            every_LG = torch.ones(len(self.code.group_C) // self.num_heads, self.num_heads, dtype=torch.bool)
+            self._decoders[first, last] = SlotDecoder(
+                self.code, self.frequency, every_LG if self.held_LG is None else self.held_LG, heads, MOST_POSITIONS,
+                self.device)
+        return self._decoders[first, last]
 
     def decode_lists(
         self, codes_NCB: np.ndarray, positions_NCK: Tensor, heads: slice, dtype: torch.dtype = torch.float32
@@ -129,8 +177,8 @@ def _by_class(kv_NCXKD: Tensor) -> Tensor:
 
 def _turn(kv_NCXKD: Tensor, positions_NCK: Tensor, frequency: Tensor, sign: int) -> Tensor:
     """The lists with keys turned by their positions (sign 1) or back (-1)."""
-    places = positions_NCK.long()
-    angle = sign * torch.arange(int(places.max()) + 1 if places.numel() else 0)[:, None].double() * frequency
-    table = (angle.cos().float()[places].to(kv_NCXKD.device), angle.sin().float()[places].to(kv_NCXKD.device))
-    turned = rotate(kv_NCXKD[:, :, 0], table)
+    count = int(positions_NCK.max()) + 1 if positions_NCK.numel() else 0
+    angle, places = sign * torch.arange(count)[:, None].double() * frequency, positions_NCK.to(kv_NCXKD.device).long()
+    cosine, sine = (part.float().to(kv_NCXKD.device)[places] for part in (angle.cos(), angle.sin()))
+    turned = rotate(kv_NCXKD[:, :, 0], (cosine, sine))
     return torch.stack([turned, kv_NCXKD[:, :, 1]], 2)

@@ -72,7 +72,7 @@ class RecordLayout:
         count = len(codes_NCB)
         valid_NK = np.arange(self.num_kept_tokens) < num_kept_N.numpy()[:, None]
         positions_NCK = (positions_NLGK[:, self.held_LG].numpy() * valid_NK[:, None]).astype("<i2")
-        order_C = _by_head(self.held_LG)
+        order_C = by_head(self.held_LG)
         records = np.empty((count, self.record_bytes), np.uint8)
         codes, positions, num_kept, sums = self.fields(records)
         codes[:] = codes_NCB[:, order_C].reshape(codes.shape)
@@ -128,7 +128,7 @@ class RecordLayout:
     def unpack(self, records: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
         """Codes of the lists as :meth:`Codec.decode` takes them, positions int16 [N, L, G, K] (0 where a head holds
         no memory), num_kept int32 [N]."""
-        count, order_C = len(records), np.argsort(_by_head(self.held_LG))
+        count, order_C = len(records), np.argsort(by_head(self.held_LG))
         codes, positions, num_kept, _ = self.fields(records)
         placed_NCK = np.ascontiguousarray(positions).view("<i2").reshape(count, len(order_C), self.num_kept_tokens)
         positions_NLGK = torch.zeros((count, *self.held_LG.shape, self.num_kept_tokens), dtype=torch.int16)
@@ -151,7 +151,7 @@ def _joined(pieces: Sequence[slice]) -> list[slice]:
     return joined
 
 
-def _by_head(held_LG: Tensor) -> np.ndarray:
+def by_head(held_LG: Tensor) -> np.ndarray:
     """The lists, which codecs have by layer and head, in the record's order: by head and layer."""
     number_LG = held_LG.flatten().cumsum(0).view(held_LG.shape) - 1
     return number_LG.T[held_LG.T].numpy()

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from megatron_m3.errors import M3Error
-from megatron_m3.memory.bank import MemoryBank
 from megatron_m3.memory.cache import MemoryCache
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.cold import ColdMemories
@@ -81,7 +80,10 @@ class Records(Protocol):
     def rows(self, ids: np.ndarray, kv_heads: slice) -> np.ndarray:
         """See :meth:`MemoryBank.rows`."""
 
-    def decode(self, rows: np.ndarray, kv_heads: slice) -> ExplicitMemories:
+    def decode_on(self, device: torch.device | str) -> None:
+        """See :meth:`MemoryBank.decode_on`."""
+
+    def decode(self, rows: np.ndarray, kv_heads: slice, dtype: torch.dtype) -> ExplicitMemories:
         """See :meth:`MemoryBank.decode`."""
 
 
@@ -96,6 +98,7 @@ class MemorySource:
         self._origin, self.delivery, self.counts = records, delivery or Delivery(), ReadCounts()
         self.records, self.decoded = (MemoryCache(budget, len(records)) for budget in (cache_bytes, decoded_bytes))
         self._held_LG = records.record.held_LG[:, self.delivery.heads]
+        records.decode_on(self.delivery.device)
         self._lock = threading.RLock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._under_way: dict[int, Future[None]] = {}
@@ -171,8 +174,8 @@ class MemorySource:
 
     def _make(self, ids: np.ndarray, *, counted: bool = False) -> tuple[Tensor, ...]:
         """Decoded memories: keys and values of the lists on the device, positions, num_kept; they are kept."""
-        rows, heads = self._read(ids, counted=counted), self.delivery.heads
-        memories = self._origin.decode(rows, heads).to(self.delivery.device, self.delivery.dtype)
+        rows, wanted = self._read(ids, counted=counted), self.delivery
+        memories = self._origin.decode(rows, wanted.heads, wanted.dtype).to(wanted.device, wanted.dtype)
         lists_NCXKD = memories.kv.transpose(2, 3).flatten(1, 2)
         if not self._held_LG.all():
             lists_NCXKD = lists_NCXKD[:, self._held_LG.flatten().to(lists_NCXKD.device)]
@@ -214,15 +217,7 @@ class MemorySource:
 
 
 class WarmSource(MemorySource):
-    """Memories of a bank."""
-
-    def __init__(
-        self, bank: MemoryBank, delivery: Delivery | None = None, *, cache_bytes: int = CACHE_BYTES,
-        decoded_bytes: int = DECODED_BYTES,
-    ) -> None:
-        super().__init__(bank, delivery, cache_bytes=cache_bytes, decoded_bytes=decoded_bytes)
-        self.bank = bank
-        bank.decode_on(self.delivery.device)
+    """Memories of a :class:`MemoryBank`."""
 
 
 class ColdSource(MemorySource):

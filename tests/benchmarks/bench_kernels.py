@@ -86,7 +86,7 @@ def search_works(shape: Shape, device: str) -> tuple[str, dict[str, Callable[[],
 
     def plain() -> None:
         for part in numbers.split(trellis.CHUNK, dim=1):
-            trellis._search(part.contiguous(), tables, bits)
+            trellis.search_plainly(part.contiguous(), tables, bits)
 
     return "search", {"floor": plain, "triton": lambda: triton_trellis.search(numbers, tables, bits)}
 

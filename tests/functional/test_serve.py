@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -260,6 +261,12 @@ def test_a_damaged_bank_fails_who_reads_it_and_an_error_of_ours_ends_the_service
     with pytest.raises(BusyError, match="has failed"):
         submit([])
     service.close()
+
+
+@pytest.mark.parametrize("host", ["a..b", "256.0.0.1.invalid"])
+def test_an_address_that_cannot_be_is_refused(host):
+    with pytest.raises(M3Error, match=f"host={re.escape(host)}, port=0: .*choose another --host"), bind(host, 0):
+        pass
 
 
 def test_a_server_of_many_processes_is_refused(given, monkeypatch):

@@ -43,6 +43,11 @@ def test_keys_and_values_are_those_of_the_codec(size, code_bytes, heads, dtype):
     triton_checks.check_decode(size, code_bytes, heads, dtype, "cuda")
 
 
+@pytest.mark.parametrize(("heads", "dtype"), [(slice(None), torch.float32), (slice(1, 3), torch.bfloat16)])
+def test_the_codec_decodes_at_once(heads, dtype):
+    triton_checks.check_codec(80, 28, heads, dtype, "cuda")
+
+
 def test_only_the_slots_of_placed_records_change():
     triton_checks.check_slots_of_a_cache("cuda")
 

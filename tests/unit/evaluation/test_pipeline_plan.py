@@ -113,3 +113,11 @@ def test_command_prints_json(capsys) -> None:
 def test_what_cannot_be_is_one_line(more: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         main([*EVEN, *more])
+
+
+def test_a_split_that_cannot_be_planned_is_shown() -> None:
+    """One layer for four stages: auto refuses that, numbers may say it."""
+    config = changed(model__num_layers="1", memory__layers="0", parallel__pipeline="4", parallel__split="0,0,1,0")
+    plan = pipeline_plan(config, 4)
+    assert [stage.flops > 0 for stage in plan.stages] == [False, False, True, True]
+    assert not any("auto" in one or "interleave" in one for one in plan.advice)

@@ -221,7 +221,8 @@ def test_reading_ahead_changes_speed_alone(loaded, retriever, tmp_path):
     from megatron_m3.inference.sampling import Sampling
     from megatron_m3.memory import MemoryBank, WarmSource
 
-    folder = warm(loaded, retriever, tmp_path).bank.folder
+    warm(loaded, retriever, tmp_path)
+    folder = tmp_path / "bank"
     prompts, outputs = [prompts_of(loaded, [1])[0]] * 8, []
     for tokens in (0, 2, 7):
         engine = Engine(loaded, retriever, WarmSource(MemoryBank.open(folder)), prefetch_tokens=tokens)

@@ -104,3 +104,21 @@ def test_a_source_reads_each_missing_memory_once(loaded, references):
     source.fetch([7, 7, 8])
     source.fetch([8, 9, 7])
     assert asked == [[7, 8], [9]]
+
+
+def test_codes_become_numbers_on_the_device_that_wants_them(loaded, references, build, tmp_path):  # noqa: F811
+    from megatron_m3.memory import ColdMemories, Delivery, MemoryBank, MemorySource
+
+    bank = MemoryBank.open(build(tmp_path / "bank", codec="SQ8"))
+    for records in (bank, ColdMemories(loaded, references)):
+        assert records.codec.device.type == "cpu"
+        MemorySource(records, Delivery(device="meta"))
+        assert records.codec.device.type == "meta"
+
+
+def test_memories_come_in_the_number_type_that_is_wanted(memories, build, tmp_path):  # noqa: F811
+    from megatron_m3.memory import Delivery, MemoryBank, MemorySource
+
+    bank = MemoryBank.open(build(tmp_path / "bank", codec="SQ8"))
+    narrow = MemorySource(bank, Delivery(dtype=torch.bfloat16)).fetch([3, 8])
+    assert torch.equal(narrow.kv, MemorySource(bank).fetch([3, 8]).kv.bfloat16())

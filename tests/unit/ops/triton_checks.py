@@ -51,7 +51,8 @@ class Records:
         codes, places, *_ = part.fields(own)
         self.codes, self.num_kept = torch.from_numpy(codes), torch.tensor(kept)
         self.positions = torch.from_numpy(np.ascontiguousarray(places).view("<i2").astype("i2")).view(N, -1, K)
-        self.held, self.truth = part.held_LG, codec.decode(*part.unpack(own), heads=heads)
+        self.unpacked = part.unpack(own)
+        self.held, self.truth = part.held_LG, codec.decode(*self.unpacked, heads=heads)
 
     def decode(self, decoder, placements, out):
         """Decode into ``out`` [L, X, B, G, M, D], on its device."""
@@ -80,6 +81,20 @@ def check_decode(size, code_bytes, heads, dtype, device):
     error = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     torch.testing.assert_close(found[records.held].float(), truth, rtol=error, atol=1e-5 * float(truth.abs().max()))
     assert torch.equal(found[records.held], run()[records.held])
+
+
+def check_codec(size, code_bytes, heads, dtype, device):
+    """The codec's kernel gives the memories that torch gives on the CPU: 0 where nothing is held."""
+    codec = trained_code(HELD, size, code_bytes)
+    records, there = Records(codec, [3, 0, 2, 1, 3], heads), codec.to(device)
+    found = there.decode_at_once(*records.unpacked, heads, dtype)
+    assert (found.dtype, found.device.type) == (dtype, torch.device(device).type)
+    assert torch.equal(found.cpu() == 0, records.truth == 0)
+    error = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    torch.testing.assert_close(found.float().cpu(), records.truth, rtol=error,
+                               atol=1e-5 * float(records.truth.abs().max()))
+    nothing = there.decode_at_once(*(part[:0] for part in records.unpacked), heads, dtype)
+    assert nothing.shape == (0, *found.shape[1:])
 
 
 def check_slots_of_a_cache(device):

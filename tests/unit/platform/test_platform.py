@@ -79,3 +79,9 @@ def test_a_world_that_the_sizes_do_not_divide_is_refused():
     check_world_size(ParallelConfig(tensor=2, pipeline=2), 8)
     with pytest.raises(ConfigError, match=r"parallel\.tensor=2 x parallel\.pipeline=2 needs a multiple of 4"):
         check_world_size(ParallelConfig(tensor=2, pipeline=2), 6)
+
+
+def test_gpus_are_counted():
+    from megatron_m3.platform import count_gpus
+
+    assert count_gpus() == torch.cuda.device_count()
