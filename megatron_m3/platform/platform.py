@@ -74,6 +74,8 @@ def select() -> Platform:
 
 def count_gpus() -> int:
     """GPUs that this process may use; 0 where it computes on the CPU. Touches none of them."""
+    import torch
+
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 

@@ -84,7 +84,8 @@ def test_a_killed_job_is_taken_over(made, tmp_path):
 
 
 def test_an_embedder_that_cannot_be_made_leaves_nothing_while_others_wait_too(made, tmp_path):
-    jobs = [start(made, tmp_path / "out", "--embedder", "transformer", "--model", "none") for _ in range(2)]
+    jobs = [start(made, tmp_path / "out", "--embedder", "transformer", "--model", "none", "--workers", workers)
+            for workers in "12"]
     said = [job.communicate(timeout=300)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [2, 2], said
     assert [text.splitlines()[-1][:18] for text in said] == ["error: model=none:"] * 2
