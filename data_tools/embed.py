@@ -65,7 +65,7 @@ class Options:
     """Processes here, of one thread or one GPU each; more jobs of the same command, on any machine, share too."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "sample", "max_length"):
+        for name in ("size", "sample", "max_length", "workers"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name}={value}: must be at least 1")
         if self.size > MAX_SIZE:

@@ -58,7 +58,7 @@ class Options:
     """Processes here, of one thread each; more jobs of the same command, on any machine, share the blocks too."""
 
     def __post_init__(self) -> None:
-        for name in ("neighbours", "chunk_length", "documents_per_block"):
+        for name in ("neighbours", "chunk_length", "documents_per_block", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.max_overlap <= 1:
