@@ -150,11 +150,15 @@ class Workers:
 
 _stop: Any = None
 _number: int | None = None
+"""Which of the processes of :class:`Workers` this is, from 0; None for the job's own."""
 
 
-def worker_number() -> int | None:
-    """Which of the processes of :class:`Workers` this is, from 0; None for the job's own."""
-    return _number
+def take_gpu() -> None:
+    """Have this worker compute on the GPU of its number, where there are GPUs; further workers share them in turn."""
+    from megatron_m3.platform import count_gpus
+
+    if _number is not None and (gpus := count_gpus()):
+        os.environ["LOCAL_RANK"] = str(_number % gpus)
 
 
 def _begin(stop: Any, begun: Any) -> None:
