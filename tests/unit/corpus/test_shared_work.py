@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_tools.shared_work import Workers, share
-from megatron_m3.errors import DataError
+from megatron_m3.errors import ArtifactError, DataError
 from megatron_m3.manifest import BlockFolder
 from megatron_m3.manifest.claims import CLAIMS
 
@@ -94,3 +94,19 @@ def test_a_block_that_another_did_and_cleared_up_after_is_no_error(tmp_path):
     assert list(share(folder, 1, loses_the_race)) == [0]
     with pytest.raises(FileNotFoundError):
         list(share(folder, 2, lambda index: (tmp_path / "none").read_text()))
+
+
+def test_of_two_jobs_that_begin_at_once_one_is_refused(tmp_path, monkeypatch):
+    look, others = BlockFolder.is_begun, [{"kind": "other"}]
+
+    def looks_before_another_begins(folder, job):
+        found = look(folder, job)
+        if others:
+            BlockFolder(folder, others.pop())
+        return found
+
+    monkeypatch.setattr(BlockFolder, "is_begun", looks_before_another_begins)
+    with pytest.raises(ArtifactError, match="made from other inputs or settings"):
+        BlockFolder(tmp_path / "blocks", {"kind": "test"})
+    assert BlockFolder.is_begun(tmp_path / "blocks", {"kind": "other"})
+    assert [path.name for path in (tmp_path / "blocks").iterdir()] == ["job.json"]
