@@ -105,7 +105,7 @@ def test_of_two_jobs_that_begin_at_once_one_is_refused(tmp_path, monkeypatch):
             BlockFolder(folder, others.pop())
         return found
 
-    monkeypatch.setattr(BlockFolder, "is_begun", looks_before_another_begins)
+    monkeypatch.setattr(BlockFolder, "is_begun", staticmethod(looks_before_another_begins))
     with pytest.raises(ArtifactError, match="made from other inputs or settings"):
         BlockFolder(tmp_path / "blocks", {"kind": "test"})
     assert BlockFolder.is_begun(tmp_path / "blocks", {"kind": "other"})
