@@ -40,8 +40,9 @@ class Options:
     """Processes here; more jobs of the same command, on any machine, share the blocks too."""
 
     def __post_init__(self) -> None:
-        if self.block_megabytes < 1:
-            raise ConfigError(f"block_megabytes={self.block_megabytes}: must be at least 1")
+        for name in ("block_megabytes", "workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
 
 
 def run(options: Options) -> None:

@@ -42,8 +42,9 @@ class Options:
     """Processes here; more jobs of the same command, on any machine, share the blocks too."""
 
     def __post_init__(self) -> None:
-        if self.part_entries < 1:
-            raise ConfigError(f"part_entries={self.part_entries}: must be at least 1")
+        for name in ("part_entries", "workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
 
 
 def run(options: Options) -> None:

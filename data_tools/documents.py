@@ -4,6 +4,7 @@ It is made of files that :mod:`data_tools.records` reads, and of folders made by
 `deduplicate`: their blocks.
 """
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -20,6 +21,8 @@ from megatron_m3.errors import DataError
 from megatron_m3.manifest import Manifest, atomic_path, check_files, hash_file, hash_json, read_manifest
 
 SKIPPED = "skipped.jsonl"
+NAMED = 3
+"""Files that an error names."""
 BATCH = 512
 """Documents that are worked on at a time."""
 
@@ -33,8 +36,8 @@ def find_files(names: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for name in names:
         path = Path(name)
-        if path.is_dir() and (manifest := _artifact(path)):
-            files += [path / file for file in manifest.files]
+        if path.is_dir() and (made := _artifact(path)):
+            files += [path / file for file in made.files if file.endswith(SUFFIXES)]
         elif path.is_dir():
             files += sorted(one for one in path.iterdir() if one.name.endswith(SUFFIXES) and one.name != SKIPPED)
         elif not path.is_file():
@@ -49,14 +52,17 @@ def find_files(names: Sequence[str]) -> list[Path]:
 
 
 def _artifact(folder: Path) -> Manifest | None:
-    """The manifest of a documents artifact; None where the folder is none.
+    """The manifest of an artifact that texts can be read from, documents or texts; None where the folder is none.
 
     Raises:
-        ArtifactError: it is an unfinished or damaged one.
+        ArtifactError: it is an unfinished, damaged or other one.
     """
-    for name, kind in (("manifest.json", '"kind": "documents"'), ("job.json", '"kind": "documents')):
-        if (folder / name).is_file() and kind in (folder / name).read_text():
-            return read_manifest(folder, "documents", 1)
+    for name in ("manifest.json", "job.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((folder / name).read_text())
+            made = found.get("job", found) if isinstance(found, dict) else {}
+            if isinstance(made, dict) and {"kind", "schema"} <= made.keys():
+                return read_manifest(folder, "texts" if made["kind"] == "texts" else "documents", 1)
     return None
 
 
@@ -153,7 +159,8 @@ class Corpus:
         """
         if not self.documents:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self._reasons().items())
-            names = ", ".join(str(path) for path in self.files)
+            names = ", ".join(str(path) for path in self.files[:NAMED])
+            names += f" and {len(self.files) - NAMED:,} more" * (len(self.files) > NAMED)
             raise DataError(f"{names}: no usable document" + (f" ({reasons})" if reasons else "; the corpus is empty"))
 
     def write_account(self, folder: Path, counts: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ blocks, and a killed one is not missed.
 
 import contextlib
 import functools
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_tools.shared_work import Workers, share, worker_number
+from data_tools.shared_work import Workers, share, take_gpu
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, M3Error, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, Manifest, is_finished, read_manifest, write_manifest
@@ -65,7 +64,7 @@ class Options:
     """Processes here, of one thread or one GPU each; more jobs of the same command, on any machine, share too."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "sample", "max_length"):
+        for name in ("size", "sample", "max_length", "workers"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name}={value}: must be at least 1")
         if self.size > MAX_SIZE:
@@ -145,9 +144,7 @@ class Work:
         """By which; a worker's is on the GPU of its number."""
         from megatron_m3.retrieval import load_embedder
 
-        number = worker_number()
-        if number is not None:
-            os.environ["LOCAL_RANK"] = str(number)
+        take_gpu()
         return load_embedder(self.home)
 
 

@@ -34,8 +34,14 @@ class Embeddings:
         for index in range(len(self.manifest.files)):
             yield self.block(index)
 
-    def block(self, index: int) -> "np.ndarray":
-        """The vectors of a block, float32 [N, size]."""
+    def block(self, index: int, *, check: bool = False) -> "np.ndarray":
+        """The vectors of a block, float32 [N, size]; ``check`` compares its checksum first.
+
+        Raises:
+            ArtifactError: the block is not what was written.
+        """
+        if check:
+            check_files(self.folder, self.manifest, checksums=True, names=[block_name(index)])
         return map_block(self.folder / block_name(index))["vectors"]
 
     def rows(self, ids: "np.ndarray") -> "np.ndarray":

@@ -4,6 +4,7 @@ A file of an index depends in its last bits on the number of threads, as matrix 
 share is therefore done by one thread each.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,6 +23,8 @@ SAMPLE_PER_LIST, LEAST_SAMPLE = 40, 100_000
 """Vectors to train on: FAISS wants 39 for an inverted list, and 10 thousand for a product quantizer."""
 BATCH = 8192
 """Vectors encoded at a time."""
+FAISS_PLACE = re.compile(r"^Error in .*? at \S+:\d+: ")
+"""Where in its sources FAISS met an error."""
 GAIN = 0.002
 """Recall that reading four times as much must bring, where vectors are compressed, to go on."""
 
@@ -60,7 +63,7 @@ def make_faiss(factory: str, size: int, count: int) -> Any:
 
 
 def _refused(factory: str, count: int, size: int, error: RuntimeError) -> ConfigError:
-    why = str(error).strip().splitlines()[0].rpartition("Error: ")[2]
+    why = FAISS_PLACE.sub("", str(error).strip().splitlines()[0]).rpartition("Error: ")[2]
     return ConfigError(f"factory={factory}: FAISS refuses it for {count} vectors of {size} numbers ({why}); try Flat")
 
 

@@ -52,8 +52,9 @@ class Options:
         for name in ("min_language", "min_quality"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be from 0 to 1")
-        if self.language_characters < 1:
-            raise ConfigError(f"language_characters={self.language_characters}: must be at least 1")
+        for name in ("language_characters", "workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
 
 
 def run(options: Options) -> None:

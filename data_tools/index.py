@@ -61,7 +61,7 @@ class Options:
     """Processes here, of one thread each; more jobs of the same command, on any machine, share the blocks too."""
 
     def __post_init__(self) -> None:
-        for name, least in (("sample", 0), ("queries", 1)):
+        for name, least in (("sample", 0), ("queries", 1), ("workers", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
         if not 0 < self.recall <= 1:
@@ -126,7 +126,7 @@ class IndexBuild:
 
         from data_tools.faiss_build import encode, gives_codes
 
-        (trained, queries), vectors = self.load(), np.array(self.embeddings.block(index))
+        (trained, queries), vectors = self.load(), np.array(self.embeddings.block(index, check=True))
         with one_faiss_thread():
             scores, _ = faiss.knn(queries, vectors, min(self.k, len(vectors)), faiss.METRIC_INNER_PRODUCT)
         zeros = sum(self.embeddings.sizes[:index]) + np.flatnonzero(~vectors.any(axis=1))

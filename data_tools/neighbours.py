@@ -13,7 +13,7 @@ from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data_tools.shared_work import Workers
+from data_tools.shared_work import Workers, take_gpu
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, Manifest, atomic_path, is_finished, write_manifest
@@ -55,10 +55,11 @@ class Options:
     documents_per_block: int = 512
     """Documents in a block file."""
     workers: int = 1
-    """Processes here, of one thread each; more jobs of the same command, on any machine, share the blocks too."""
+    """Processes here, of one thread each, on the GPUs in turn; more jobs of the same command, on any machine, share the
+    blocks too."""
 
     def __post_init__(self) -> None:
-        for name in ("neighbours", "chunk_length", "documents_per_block"):
+        for name in ("neighbours", "chunk_length", "documents_per_block", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.max_overlap <= 1:
@@ -179,7 +180,9 @@ class Search:
 
     def __call__(self, index: int) -> None:
         """Write the block ``index``, by one thread: with several the last bits of scores may differ."""
-        self.corpus = self.corpus or open_corpus(self.options)
+        if self.corpus is None:
+            take_gpu()
+            self.corpus = open_corpus(self.options)
         size = self.options.documents_per_block
         documents = range(index * size, min(len(self.corpus.tokens), (index + 1) * size))
         with one_faiss_thread():

@@ -30,7 +30,7 @@ class Options:
     """Options of the tool."""
 
     input: tuple[str, ...]
-    """Files or folders of documents (JSONL, txt, parquet; JSONL and txt also .gz), separated by commas."""
+    """Documents that other steps wrote, or files and folders as `m3 data collect` reads, separated by commas."""
     tokenizer: str
     """Folder of the tokenizer that counts the tokens."""
     output: str

@@ -33,7 +33,7 @@ class Options:
     """Options of the tool."""
 
     input: tuple[str, ...]
-    """Files or folders of the documents (JSONL, txt, parquet; JSONL and txt also .gz), separated by commas."""
+    """Documents that other steps wrote, or files and folders as `m3 data collect` reads, separated by commas."""
     tokenizer: str
     """Folder of the tokenizer, made by `m3 data tokenizer`."""
     output: str
@@ -50,7 +50,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.reference_length < 8:
             raise ConfigError(f"reference_length={self.reference_length}: must be at least 8")
-        for name in ("block_size", "block_megabytes"):
+        for name in ("block_size", "block_megabytes", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
 

@@ -15,8 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from megatron_m3.errors import ArtifactError, ConfigError, M3Error
-from megatron_m3.manifest import BlockFolder
+from megatron_m3.errors import ArtifactError, M3Error
+from megatron_m3.manifest import BlockFolder, clear_half_written
 from megatron_m3.manifest.claims import CLAIMS, Claims
 
 POLL_SECONDS = 0.2
@@ -52,6 +52,7 @@ def share(folder: Pieces, num_blocks: int, do: Do, stopped: Callable[[], bool] =
             if waiting:
                 yield -1
                 time.sleep(POLL_SECONDS)
+        claims.clear()
 
 
 def _do(folder: Pieces, claims: Claims, index: int, do: Do) -> bool:
@@ -61,6 +62,9 @@ def _do(folder: Pieces, claims: Claims, index: int, do: Do) -> bool:
     try:
         if not folder.done(index):
             do(index)
+    except FileNotFoundError:
+        if not folder.done(index):  # by another, that thought this process dead, and has cleared up
+            raise
     finally:
         claims.release(str(index))
     return True
@@ -84,8 +88,6 @@ class Workers:
     """``count`` processes of this machine that share blocks with each other and with every other job; a context."""
 
     def __init__(self, count: int) -> None:
-        if count < 1:
-            raise ConfigError(f"workers={count}: must be at least 1")
         self.count = count
 
     def __enter__(self) -> Self:
@@ -124,6 +126,8 @@ class Workers:
             for index in self._share(folder, len(sizes), do):
                 progress.advance(sizes[index] if index in missing else 0)
                 missing.discard(index)
+        blocks = [folder.name(index) for index in range(len(sizes))]
+        clear_half_written(folder.folder, {*blocks, *(str(Path(name).with_suffix(".json")) for name in blocks)})
 
     def _share(self, folder: BlockFolder, num_blocks: int, do: Do) -> Iterator[int]:
         if self.pool is None:
@@ -146,11 +150,15 @@ class Workers:
 
 _stop: Any = None
 _number: int | None = None
+"""Which of the processes of :class:`Workers` this is, from 0; None for the job's own."""
 
 
-def worker_number() -> int | None:
-    """Which of the processes of :class:`Workers` this is, from 0; None for the job's own."""
-    return _number
+def take_gpu() -> None:
+    """Have this worker compute on the GPU of its number, where there are GPUs; further workers share them in turn."""
+    from megatron_m3.platform import count_gpus
+
+    if _number is not None and (gpus := count_gpus()):
+        os.environ["LOCAL_RANK"] = str(_number % gpus)
 
 
 def _begin(stop: Any, begun: Any) -> None:

@@ -19,7 +19,15 @@ from data_tools.documents import Corpus, show_counts
 from data_tools.shared_work import Workers, stages
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
-from megatron_m3.manifest import BlockFolder, Manifest, atomic_path, hash_file, is_finished, write_manifest
+from megatron_m3.manifest import (
+    BlockFolder,
+    Manifest,
+    atomic_path,
+    clear_half_written,
+    hash_file,
+    is_finished,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -32,7 +40,7 @@ class Options:
     """Options of the tool."""
 
     input: tuple[str, ...]
-    """Corpus files or folders (JSONL, txt, parquet; JSONL and txt also .gz), separated by commas."""
+    """Documents that other steps wrote, or files and folders as `m3 data collect` reads, separated by commas."""
     tokenizer: str
     """Folder of the tokenizer, made by `m3 data tokenizer`."""
     output: str
@@ -43,8 +51,9 @@ class Options:
     """Processes here; more jobs of the same command, on any machine, share the blocks too."""
 
     def __post_init__(self) -> None:
-        if self.block_megabytes < 1:
-            raise ConfigError(f"block_megabytes={self.block_megabytes}: must be at least 1")
+        for name in ("block_megabytes", "workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
 
 
 def run(options: Options) -> None:
@@ -117,6 +126,7 @@ def join(joined: BlockFolder, rows: CorpusRows, vocab_size: int, index: int) -> 
 
     dtype, lengths = DType.optimal_dtype(vocab_size), []
     names = (*TOKENS, IDS)
+    clear_half_written(rows.output, names)
     with contextlib.ExitStack() as stack:
         tokens_path, index_path, ids_path = (stack.enter_context(atomic_path(rows.output / name)) for name in names)
         builder = IndexedDatasetBuilder(str(tokens_path), dtype=dtype)

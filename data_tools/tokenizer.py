@@ -28,7 +28,7 @@ class Options:
     """Options of the tool."""
 
     input: tuple[str, ...]
-    """Corpus files or folders (JSONL, txt, parquet; JSONL and txt also .gz), separated by commas."""
+    """Documents that other steps wrote, or files and folders as `m3 data collect` reads, separated by commas."""
     output: str
     """Folder to write; it must not exist, or be empty."""
     vocab_size: int = 8192

@@ -12,7 +12,8 @@
                                     # server, which is never finished, and is started anew when it has ended
         after: [tokenizer]
         slurm: {time: 30}           # sbatch options of this job
-        array: news books           # one element for each word, which stands for @ in run and makes
+        array: news books           # one element for each word, which stands for @ in run and makes; where there is
+                                    # no @ they are alike, and share the blocks of a data step
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ Each block is one safetensors file with its own record ``NAME.json`` (bytes, SHA
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,20 @@ class BlockFolder:
         """
         self.folder = Path(folder)
         if not self.is_begun(self.folder, job):
-            with atomic_path(self.folder / JOB) as temporary:
-                record = {"key": hash_json(dict(job)), "job": dict(job)}
-                temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+            self._begin(job)
+            self.is_begun(self.folder, job)  # not another one, that began at the same time
+
+    def _begin(self, job: Mapping[str, Any]) -> None:
+        """Record the job, unless one has been recorded since we looked."""
+        path, record = self.folder / JOB, {"key": hash_json(dict(job)), "job": dict(job)}
+        with contextlib.suppress(FileExistsError), atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise
+            except OSError:  # no hard links on this file system: the last of two wins
+                pass
 
     @staticmethod
     def is_begun(folder: Path, job: Mapping[str, Any]) -> bool:

@@ -9,14 +9,18 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_m3.errors import ArtifactError
+from megatron_m3.manifest.claims import is_running
 
 NAME = "manifest.json"
+HALF_WRITTEN = re.compile(r"\.(?P<name>[^.]+\.[^.]+)\.(?P<host>.+)\.(?P<pid>\d+)\.tmp")
+"""Names that :func:`atomic_path` gives."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_half_written(folder: Path, names: Container[str]) -> None:
+    """Remove what killed processes left of files ``names`` in ``folder``, none of which others need to write now.
+
+    What a living process of this machine writes stays.
+    """
+    for path in folder.glob(".*.tmp"):
+        found = HALF_WRITTEN.fullmatch(path.name)
+        if found and found["name"] in names and not (found["host"] == os.uname().nodename
+                                                     and is_running(int(found["pid"]))):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

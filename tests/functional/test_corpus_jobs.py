@@ -20,6 +20,7 @@ from data_tools.document_store import DocumentStore
 from data_tools.pieces import make_plan
 from data_tools.wordnet import CORPUS, load_entries
 from megatron_m3.errors import ArtifactError, ConfigError, DataError
+from megatron_m3.manifest import BlockFolder, Manifest, hash_file, write_manifest
 from megatron_m3.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -245,6 +246,27 @@ def test_a_damaged_block_is_refused_by_name(tmp_path):
     for read in (lambda: list(documents.Corpus([options.input])), lambda: filtering.run(options)):
         with pytest.raises(ArtifactError, match=r"block_000000\.parquet: checksum differs"):
             read()
+
+
+def test_a_folder_of_something_else_is_not_taken_for_texts(tmp_path):
+    folder = BlockFolder(tmp_path / "other", {"kind": "embeddings", "schema": 1})
+    (folder.folder / "lines.jsonl").write_text('{"text": "a document"}\n')
+    with pytest.raises(ArtifactError, match=r"other: no manifest\.json: unfinished, or not of kind documents"):
+        documents.Corpus([str(folder.folder)])
+    files = {"lines.jsonl": hash_file(folder.folder / "lines.jsonl")}
+    for kind in ("tokens", "texts"):
+        write_manifest(folder.folder, Manifest(kind=kind, schema=1, inputs={}, settings={}, files=files))
+        if kind == "tokens":
+            with pytest.raises(ArtifactError, match="other: is of kind tokens, not documents"):
+                documents.Corpus([str(folder.folder)])
+    assert documents.find_files([str(folder.folder)]) == [folder.folder / "lines.jsonl"]
+
+
+@pytest.mark.parametrize("job", [collect, filtering, deduplicate])
+def test_a_number_of_workers_that_cannot_be_writes_nothing(tmp_path, job):
+    with pytest.raises(ConfigError, match="workers=0: must be at least 1"):
+        job.main(["--input", str(tmp_path), "--output", str(tmp_path / "out"), "--workers", "0"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_usable_is_a_mistake_in_one_line(tmp_path):

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import embed, references
+from data_tools import embed, references, shared_work
+from megatron_m3 import platform
 from megatron_m3.errors import ConfigError
 from megatron_m3.manifest import block_name, map_block
 from megatron_m3.manifest.claims import CLAIMS, Claims
@@ -84,14 +85,21 @@ def test_a_killed_job_is_taken_over(made, tmp_path):
 
 
 def test_an_embedder_that_cannot_be_made_leaves_nothing_while_others_wait_too(made, tmp_path):
-    jobs = [start(made, tmp_path / "out", "--embedder", "transformer", "--model", "none") for _ in range(2)]
+    jobs = [start(made, tmp_path / "out", "--embedder", "transformer", "--model", "none", "--workers", workers)
+            for workers in "12"]
     said = [job.communicate(timeout=300)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [2, 2], said
     assert [text.splitlines()[-1][:18] for text in said] == ["error: model=none:"] * 2
     assert not (tmp_path / "out").exists()
 
 
-def test_each_worker_has_a_gpu_of_its_own():
+def test_each_worker_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "")
+    for number, gpus, rank in ((None, 2, ""), (3, 0, ""), (1, 2, "1"), (5, 2, "1"), (4, 2, "0")):
+        monkeypatch.setattr(shared_work, "_number", number)
+        monkeypatch.setattr(platform, "count_gpus", lambda gpus=gpus: gpus)
+        shared_work.take_gpu()
+        assert os.environ["LOCAL_RANK"] == rank
     for workers, gpus in ((1, 0), (8, 0), (2, 2), (1, 4)):
         embed.check_workers(workers, gpus)
     with pytest.raises(ConfigError, match="workers=3: each takes a GPU of its own, and 2 can be seen"):

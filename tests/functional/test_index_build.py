@@ -1,6 +1,7 @@
 """Building the index in shared stages: the bytes of one pass by FAISS itself, whoever does what, and its recall."""
 
 import pickle
+import shutil
 from pathlib import Path
 
 import faiss
@@ -10,7 +11,7 @@ import pytest
 from data_tools import faiss_build, index
 from data_tools.embeddings import Embeddings
 from data_tools.index import IndexBuild, Options
-from megatron_m3.errors import ConfigError
+from megatron_m3.errors import ArtifactError, ConfigError
 from megatron_m3.manifest import BlockFolder, Manifest, write_manifest
 from megatron_m3.platform.threads import one_faiss_thread
 from megatron_m3.retrieval import VectorIndex
@@ -137,12 +138,25 @@ def test_inverted_lists_are_read_until_the_recall_is_there_or_reading_does_not_h
     assert f"keeps {info['ef_search']:,} candidates" in capsys.readouterr().err
 
 
+def test_damaged_vectors_are_refused_by_name(embeddings, tmp_path):
+    shutil.copytree(embeddings.folder, tmp_path / "damaged")
+    path = tmp_path / "damaged" / "block_000002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"block_000002\.safetensors: checksum differs"):
+        build(options_for(tmp_path / "index"), Embeddings(tmp_path / "damaged", INPUTS["references"]))
+    assert not (tmp_path / "index" / "manifest.json").exists()
+
+
 def test_too_few_vectors_to_train_leave_nothing(embeddings, tmp_path):
     with pytest.raises(ConfigError, match="factory=IVF16,PQ8x12: FAISS refuses it"):
         build(options_for(tmp_path / "index", "IVF16,PQ8x12"), embeddings)
     assert not (tmp_path / "index").exists()
     with pytest.raises(ConfigError, match="factory=IVF4096,Flat: has more lists than the 1000 vectors"):
         faiss_build.make_faiss("IVF4096,Flat", SIZE, COUNT)
+    with pytest.raises(ConfigError, match=r"numbers \(could not parse index string Flot\); try Flat"):
+        faiss_build.make_faiss("Flot", SIZE, COUNT)
 
 
 def test_factory_by_count_and_size():

@@ -1,13 +1,15 @@
 """Blocks shared by processes: each is done once, and an error reaches the user."""
 
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
 from data_tools.shared_work import Workers, share
-from megatron_m3.errors import DataError
+from megatron_m3.errors import ArtifactError, DataError
 from megatron_m3.manifest import BlockFolder
 from megatron_m3.manifest.claims import CLAIMS
 
@@ -56,3 +58,55 @@ def test_an_error_in_a_worker_reaches_the_user_and_frees_its_claim(tmp_path, cou
     with Workers(1) as workers:
         workers.run("test", folder, [1] * 3, "blocks", Write(folder))
     assert not folder.missing(3)
+
+
+def test_what_a_killed_job_left_half_written_is_cleared_and_nothing_else(tmp_path):
+    folder = BlockFolder(tmp_path / "blocks", {"kind": "test"})
+    host, dead = os.uname().nodename, ended_process()
+    left = [f".{folder.name(1)}.{host}.{dead}.tmp", f".block_000000.json.{host}.{dead}.tmp",
+            f".{folder.name(0)}.other.host.{os.getpid()}.tmp"]
+    kept = [f".{folder.name(0)}.{host}.{os.getppid()}.tmp", f".manifest.json.other.{dead}.tmp",
+            f".{folder.name(2)}.{host}.{dead}.tmp"]
+    claims = folder.folder / CLAIMS
+    claims.mkdir()
+    for path in [*(folder.folder / name for name in [*left, *kept]), claims / f"{host}-{dead}-00000000.alive"]:
+        path.touch()
+    (claims / "0.claim").write_text(f"{host}-{dead}-00000000")
+    with Workers(1) as workers:
+        workers.run("test", folder, [1] * 2, "blocks", Write(folder))
+    assert sorted(path.name for path in folder.folder.glob(".*")) == sorted(kept)
+
+
+def ended_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_block_that_another_did_and_cleared_up_after_is_no_error(tmp_path):
+    folder = BlockFolder(tmp_path / "blocks", {"kind": "test"})
+
+    def loses_the_race(index):
+        with folder.writing(index, {}) as path:
+            path.touch()
+            folder.write(index, {"values": np.zeros(1)})
+
+    assert list(share(folder, 1, loses_the_race)) == [0]
+    with pytest.raises(FileNotFoundError):
+        list(share(folder, 2, lambda index: (tmp_path / "none").read_text()))
+
+
+def test_of_two_jobs_that_begin_at_once_one_is_refused(tmp_path, monkeypatch):
+    look, others = BlockFolder.is_begun, [{"kind": "other"}]
+
+    def looks_before_another_begins(folder, job):
+        found = look(folder, job)
+        if others:
+            BlockFolder(folder, others.pop())
+        return found
+
+    monkeypatch.setattr(BlockFolder, "is_begun", staticmethod(looks_before_another_begins))
+    with pytest.raises(ArtifactError, match="made from other inputs or settings"):
+        BlockFolder(tmp_path / "blocks", {"kind": "test"})
+    assert BlockFolder.is_begun(tmp_path / "blocks", {"kind": "other"})
+    assert [path.name for path in (tmp_path / "blocks").iterdir()] == ["job.json"]

@@ -133,7 +133,7 @@ def test_scripts_are_bash_before_and_after_rendering(script: Path) -> None:
 @pytest.mark.parametrize("chain", sorted((ROOT / "slurm" / "chains").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_projects_chains_hold_together(chain: Path) -> None:
     steps = load_chain(chain).steps
-    assert steps[-1].name == "score"
+    assert {"score", "bank"} <= {step.name for step in steps}
     assert len({step.makes for step in steps}) == len(steps)
 
 
