@@ -12,4 +12,4 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
         exit 2 ;;
     esac
 fi
-srun "${M3_SRUN[@]}" --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python -m launch.m3 "$@"
+srun "${M3_SRUN[@]}" --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" python -m launch.m3 "$@"
