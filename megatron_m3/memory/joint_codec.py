@@ -17,7 +17,7 @@ from megatron_m3.errors import ArtifactError
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.sensitivity import Sensitivity
 from megatron_m3.memory.types import ExplicitMemories
-from megatron_m3.model.rope import rotate
+from megatron_m3.model.rope import rotate, turns
 from megatron_m3.ops.codec.transform import TransformCode
 
 
@@ -131,6 +131,6 @@ def _turn(kv_NCXKD: Tensor, positions_NCK: Tensor, frequency: Tensor, sign: int)
     """The lists with keys turned by their positions (sign 1) or back (-1)."""
     places = positions_NCK.long()
     angle = sign * torch.arange(int(places.max()) + 1 if places.numel() else 0)[:, None].double() * frequency
-    table = (angle.cos().float()[places].to(kv_NCXKD.device), angle.sin().float()[places].to(kv_NCXKD.device))
-    turned = rotate(kv_NCXKD[:, :, 0], table)
+    cosine, sine = (part[places].to(kv_NCXKD.device) for part in turns(angle, torch.float32))
+    turned = rotate(kv_NCXKD[:, :, 0], (cosine, sine))
     return torch.stack([turned, kv_NCXKD[:, :, 1]], 2)
