@@ -134,14 +134,17 @@ class CachePlan:
         self.mask_BT[self.rows_B, first + self.new_B] = 0
         self.memory_mask, self.plain_mask = self._masks()
 
+    @property
+    def _same_length(self) -> bool:
+        return min(self.lengths) == max(self.lengths)
+
     def _masks(self) -> tuple[Tensor | None, Tensor | None]:
         """What to add to the scores of one step, [B, 1, 1, T], in memory layers and in others; None adds nothing."""
         prefix, slots, longest = self.shape.prefix_length, self.shape.num_slots, max(self.lengths)
-        same_length = min(self.lengths) == longest
         self.used_B11T = self.mask_BT[:, None, None, : prefix + slots + longest]
-        memory = None if same_length and self.all_slots_valid else self.used_B11T
-        if same_length or not slots:
-            return memory, None if same_length else self.used_B11T
+        memory = None if self._same_length and self.all_slots_valid else self.used_B11T
+        if self._same_length or not slots:
+            return memory, None if self._same_length else self.used_B11T
         return memory, torch.cat([self.used_B11T[..., :prefix], self.used_B11T[..., prefix + slots :]], -1)
 
     def _mask(self, layer: int) -> Tensor | None:
@@ -156,13 +159,20 @@ class CachePlan:
         mask_BG1T[:, ~heads_G.to(mask_BG1T.device), :, prefix : prefix + slots] = float("-inf")
         return mask_BG1T
 
+    def _add(self, stored_BGTD: Tensor, layer: int, new_BGD: Tensor) -> None:
+        """Store what the new token of every sequence has in ``layer``."""
+        first = self._first_context(layer)
+        if self._same_length:
+            stored_BGTD[:, :, first + self.lengths[0] - 1] = new_BGD
+        else:
+            stored_BGTD[self.rows_B, :, first + self.new_B] = new_BGD
+
     def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
         """Store the new token of every sequence and attend from it to all that is cached, [1, B, H, D]; S is 1."""
         query_BHD = rotate(query_SBHD, self.table)[0]
-        first = self._first_context(layer)
-        self.keys[layer][self.rows_B, :, first + self.new_B] = rotate(key_SBGD, self.table)[0]
-        self.values[layer][self.rows_B, :, first + self.new_B] = value_SBGD[0]
-        columns = first + max(self.lengths)
+        columns = self._first_context(layer) + max(self.lengths)
+        self._add(self.keys[layer], layer, rotate(key_SBGD, self.table)[0])
+        self._add(self.values[layer], layer, value_SBGD[0])
         out_BGQD = torch.nn.functional.scaled_dot_product_attention(
             query_BHD.unflatten(1, (self.shape.num_kv_heads, -1)),
             self.keys[layer][:, :, :columns],

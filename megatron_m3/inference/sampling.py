@@ -78,7 +78,8 @@ def choose(logits_BV: Tensor, draw_of: Sequence[Draw]) -> Tensor:
 def _choose_alike(logits_BV: Tensor, draw_of: Sequence[Draw]) -> Tensor:
     sampling = draw_of[0].sampling
     if sampling.temperature == 0.0:
-        return logits_BV.argmax(-1)
+        # the CPU has a fast argmax for fp32 alone
+        return logits_BV.float().argmax(-1)
     whole_BV = (logits_BV.double() / sampling.temperature).softmax(-1)
     probability_BV, token_BV = whole_BV.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:

@@ -18,7 +18,7 @@ from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.record import by_head
 from megatron_m3.memory.sensitivity import Sensitivity
 from megatron_m3.memory.types import ExplicitMemories
-from megatron_m3.model.rope import rotate
+from megatron_m3.model.rope import rotate, turns
 from megatron_m3.ops.codec.transform import TransformCode
 
 if TYPE_CHECKING:
@@ -179,6 +179,6 @@ def _turn(kv_NCXKD: Tensor, positions_NCK: Tensor, frequency: Tensor, sign: int)
     """The lists with keys turned by their positions (sign 1) or back (-1)."""
     count = int(positions_NCK.max()) + 1 if positions_NCK.numel() else 0
     angle, places = sign * torch.arange(count)[:, None].double() * frequency, positions_NCK.to(kv_NCXKD.device).long()
-    cosine, sine = (part.float().to(kv_NCXKD.device)[places] for part in (angle.cos(), angle.sin()))
+    cosine, sine = (part.to(kv_NCXKD.device)[places] for part in turns(angle, torch.float32))
     turned = rotate(kv_NCXKD[:, :, 0], (cosine, sine))
     return torch.stack([turned, kv_NCXKD[:, :, 1]], 2)

@@ -281,5 +281,6 @@ def load_model(folder: Path, *, tensor: int = 1, pipeline: int = 1,
         model = model.to(DTYPES[dtype])
         model.config.params_dtype, model.config.bf16 = DTYPES[dtype], dtype == "bf16"
         model.config.pipeline_dtype = DTYPES[dtype]
-    return LoadedModel(model=model.eval(), config=config, tokenizer=tokenizer, weights_hash=fingerprint,
-                       prefix_ids=tokenizer.prefix_ids(config.memory.prefix))
+    # megatron-core's linear layers do less for weights that are not trained
+    return LoadedModel(model=model.eval().requires_grad_(False), config=config, tokenizer=tokenizer,
+                       weights_hash=fingerprint, prefix_ids=tokenizer.prefix_ids(config.memory.prefix))

@@ -41,7 +41,7 @@ def keep_tail(hidden_SBE: Tensor, num_rows: int, sequence_parallel: bool) -> Ten
 
 
 def add_to_trunk(sequence_parallel: bool) -> Callable[..., Any]:
-    """The residual add after attention; where attention returned the trunk alone, the references end here.
+    """The residual add; where attention returned the trunk alone, the references end here.
 
     So the last memory layer computes no attention output, no projection and no MLP for references.
     """
@@ -71,6 +71,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
         spec.submodules,
         self_attention=attention,
         self_attn_bda=add_to_trunk(config.sequence_parallel),
+        mlp_bda=add_to_trunk(config.sequence_parallel),
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
     )

@@ -28,21 +28,28 @@ class Rope:
         return rope
 
     def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[*positions, 1, D/2]`` for vectors of ``dtype`` whose heads stand after the positions.
+        """What :func:`rotate` takes, ``[*positions, 1, D]`` each, for vectors of ``dtype`` with heads after positions.
 
         They are in fp32 or wider: a bf16 table would rotate distant positions by visibly wrong angles.
         """
         dtype = torch.promote_types(dtype, torch.float32)
         angle = positions.to(torch.float64)[..., None, None] * self.frequency.to(positions.device)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return turns(angle, dtype)
 
     def rotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
         """Rotate ``[..., heads, D]`` vectors, whose leading axes broadcast with those of ``positions``."""
         return rotate(vectors, self.table(positions, vectors.dtype))
 
 
+def turns(angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines ``[..., D]`` of pairs' angles ``[..., D/2]``, and sines with the sign by which each takes its partner."""
+    cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
+
+
 def rotate(vectors: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate vectors ``[..., heads, D]`` by a table from :meth:`Rope.table`; the result has the vectors' dtype."""
     cosine, sine = table
-    first, second = vectors.chunk(2, -1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1).to(vectors.dtype)
+    # widened once: each product of two types would widen its own copy
+    wide = vectors.to(torch.promote_types(vectors.dtype, cosine.dtype))
+    return (wide * cosine + wide.roll(wide.shape[-1] // 2, -1) * sine).to(vectors.dtype)

@@ -34,12 +34,16 @@ class _Stream:
         return _Stream()
 
 
+def _is_cuda(argument: Any) -> bool:
+    return isinstance(argument, str | torch.device) and str(argument).startswith("cuda")
+
+
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with device="cuda" read as the CPU."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if str(kwargs.get("device", "")).startswith("cuda"):
+        if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
         return function(*args, **kwargs)
 
@@ -84,11 +88,10 @@ def _stand_in_for_cuda_tensors() -> None:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
-    plain_type, plain_to = tensor.type, tensor.to
+    plain_type, to_on_cpu = tensor.type, _on_cpu(tensor.to)
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        args = tuple(_CPU if str(arg).startswith("cuda") else arg for arg in args)
-        return _on_cpu(plain_to)(self, *args, **kwargs)
+        return to_on_cpu(self, *(_CPU if _is_cuda(arg) else arg for arg in args), **kwargs)
 
     def type_of(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:

@@ -35,12 +35,12 @@ def prompts_of(references: Any, count: int, length: int) -> list[list[int]]:
     return whole[: count * length].reshape(count, length).tolist()
 
 
-def transformers_generate(checkpoint: str, folder: Path) -> Generate:
+def transformers_generate(checkpoint: str, folder: Path, dtype: torch.dtype) -> Generate:
     """Greedy generation by transformers."""
     from transformers import AutoModelForCausalLM
 
     to_hf.main([checkpoint, str(folder)])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     @torch.inference_mode()
     def generate(prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
@@ -79,6 +79,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     for name, default in (("batch", 8), ("prompt", 128), ("new", 128), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of all; by default what it was trained with")
     options = parser.parse_args()
     initialize_parallel(ParallelConfig(), seed=1)
     from megatron_m3.inference.engine import Engine
@@ -86,14 +87,14 @@ def main() -> None:
     from megatron_m3.model.checkpoint import load_model, newest_checkpoint
     from megatron_m3.retrieval import Retriever
 
-    loaded = load_model(newest_checkpoint(Path(options.checkpoint)))
+    loaded = load_model(newest_checkpoint(Path(options.checkpoint)), dtype=options.dtype)
     bank = MemoryBank.open(options.bank, weights_hash=loaded.weights_hash)
     retriever = Retriever.open(options.index, options.references, loaded.tokenizer)
     memory = Engine(replace(loaded, config=bank.configure(loaded.config)), retriever, WarmSource(bank))
     prompts = prompts_of(retriever.references, options.batch, options.prompt)
     texts = with_texts(retriever, prompts, loaded.config.memory.chunk_length)
     with tempfile.TemporaryDirectory() as name:
-        peer = transformers_generate(options.checkpoint, Path(name) / "hf")
+        peer = transformers_generate(options.checkpoint, Path(name) / "hf", next(loaded.model.parameters()).dtype)
         plain = engine_generate(Engine(loaded))
         begin = [loaded.tokenizer.bos_id]
         calls: dict[str, tuple[Generate, list[list[int]]]] = {
