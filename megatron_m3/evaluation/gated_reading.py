@@ -20,6 +20,7 @@ from megatron_m3.inference.reading import ChunkMemories, ReadingPlan
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.layout import trunk_positions
 from megatron_m3.model.rope import Rope
+from megatron_m3.ops.choice import choose_backend
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class GatedReading:
             trunk_positions(prefix, self.config.memory.reference_length, rows - prefix).to(self.device),
             prefix_length=prefix,
             memories=replace(batch.memories, layers={layer: layer for layer in readers}, memory_heads=readers),
-            backend=self.config.model.attention,
+            backend=choose_backend(self.config.model).name,
         )
         hidden_SBE = batch.inputs[first] if batch.inputs else model.embedding(batch.questions.tokens_BS, None)
         inputs = batch.inputs[:first]

@@ -28,6 +28,7 @@ from megatron_m3.memory.sensitivity import Sensitivity
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.layout import trunk_positions
 from megatron_m3.model.rope import Rope
+from megatron_m3.ops.choice import choose_backend
 
 CODEC_VECTORS = 1 << 20
 """Keys, and as many values, on which a codec is trained at most."""
@@ -144,7 +145,7 @@ class Scorer:
             trunk_positions(len(prefix), self.config.memory.reference_length, num_context).to(self.device),
             prefix_length=len(prefix),
             memories=self._memories(examples, memories) if self.reads_memories else None,
-            backend=self.config.model.attention,
+            backend=choose_backend(self.config.model).name,
         )
         loss_N = losses_at(
             self.loaded.model, questions.tokens_BS, reading, questions.rows_N, questions.columns_N, questions.labels_N,

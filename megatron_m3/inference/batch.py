@@ -17,6 +17,7 @@ from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.gpt import logits
 from megatron_m3.model.layout import trunk_positions
 from megatron_m3.model.rope import Rope
+from megatron_m3.ops.choice import choose_backend
 
 
 class Batch:
@@ -80,7 +81,7 @@ class Batch:
             chunk_length=self.chunk_length,
             memories=memories,
             keep=self.cache.keep,
-            backend=model.attention,
+            backend=choose_backend(model).name,
         )
         bos, padding = self.loaded.tokenizer.bos_id, self.loaded.tokenizer.eos_id
         rows = [[*self.prefix, bos, *p, *[padding] * (longest - 1 - len(p))] for p in prompts]

@@ -19,6 +19,7 @@ from megatron_m3.memory.types import ExplicitMemories
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.rope import Rope, rotate
 from megatron_m3.model.selection import select_in_layer
+from megatron_m3.ops.choice import choose_backend
 from megatron_m3.ops.memory_attention import get_backend
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class EncodePlan:
         self.configs, self.prefix_length, self.lengths_N = configs, prefix_length, lengths_N
         self.rope = Rope.of(configs[0].model)
         self.table: tuple[Tensor, Tensor] | None = None
-        self.backend = get_backend(configs[0].model.attention)
+        self.backend = get_backend(choose_backend(configs[0].model).name)
         self.kv: list[list[Tensor]] = [[] for _ in configs]
         self.positions: list[list[Tensor]] = [[] for _ in configs]
 

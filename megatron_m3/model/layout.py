@@ -12,6 +12,7 @@ H and G heads, D head size, K kept tokens, M references of all sequences.
 
 import functools
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from megatron_m3.config import Config, ModelConfig
 from megatron_m3.model.rope import Rope, rotate
 from megatron_m3.model.selection import local_memory_heads, select_in_layer
+from megatron_m3.ops.choice import choose_backend
 from megatron_m3.ops.memory_attention import get_backend
 
 type Memories = tuple[Tensor, Tensor, Tensor]
@@ -78,6 +80,10 @@ class JointLayout:
         lengths = self.reference_lengths_BN
         return 0 if lengths is None else lengths.shape[1] * self.config.memory.reference_length
 
+    @property
+    def _backend(self) -> ModuleType:
+        return get_backend(choose_backend(self.config.model).name)
+
     def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
         """See :class:`megatron_m3.model.attention.AttentionPlan`; the last memory layer returns the trunk alone."""
         last = self.config.memory_layers[-1]
@@ -101,7 +107,7 @@ class JointLayout:
 
     def attend_in_trunk(self, trunk: tuple[Tensor, ...], memories: Memories | None) -> Tensor:
         """The trunk's tokens read memories, where there are any, and the trunk up to themselves."""
-        backend, memory = get_backend(self.config.model.attention), self.config.memory
+        backend, memory = self._backend, self.config.memory
         if memories is None:
             return backend.causal_attention(*trunk)
         return backend.memory_attention(
@@ -146,5 +152,5 @@ class JointLayout:
         B, rows = references[0].shape[:2]
         count = rows // self.config.memory.reference_length
         prefix = (part[:, : self.prefix_length].repeat_interleave(count, 0) for part in trunk[1:])
-        out_NRHD = get_backend(self.config.model.attention).reference_attention(*map(self._split, references), *prefix)
+        out_NRHD = self._backend.reference_attention(*map(self._split, references), *prefix)
         return out_NRHD.reshape(B, rows, *out_NRHD.shape[2:])

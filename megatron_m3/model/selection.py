@@ -5,6 +5,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_m3.config import Config
+from megatron_m3.ops.choice import choose_backend
 from megatron_m3.ops.select_tokens import select_tokens
 
 
@@ -31,7 +32,7 @@ def select_in_layer(
     if memory.spread > 1:
         preferred_GT = preferred_tokens(config, layer, *key_NTGD.shape[2:0:-1]).to(key_NTGD.device)
     return select_tokens(query_NTHD, key_NTGD, lengths_N, num_kept, memory.selection, preferred_GT, value_NTGD,
-                         config.model.attention)
+                         choose_backend(config.model).name)
 
 
 def preferred_tokens(config: Config, layer: int, num_local_heads: int, num_tokens: int) -> Tensor:

@@ -77,6 +77,17 @@ def count_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+@functools.cache
+def cuda_architecture() -> int | None:
+    """Of this process' device: 90 is sm_90, H100; None on the CPU."""
+    if not select().is_cuda:
+        return None
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

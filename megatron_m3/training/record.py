@@ -11,6 +11,7 @@ import torch.distributed as dist
 import megatron_m3
 from megatron_m3.config import dump_json, stage_layers
 from megatron_m3.manifest import atomic_path
+from megatron_m3.ops.choice import choose_backend
 from megatron_m3.platform import report
 from megatron_m3.training.setup import Machinery
 
@@ -43,7 +44,7 @@ def write_run_record(machinery: Machinery) -> None:
         **report(),
         "optimizer": optimizer_name(machinery),
         "norm": norm_name(machinery),
-        "attention": machinery.config.model.attention,
+        "attention": str(choose_backend(machinery.config.model)),
         "system": python_platform.platform(),
         "processes": dist.get_world_size(),
         "layout": {
@@ -72,5 +73,5 @@ def describe(machinery: Machinery) -> str:
         f"{found['device']} x {dist.get_world_size()} ({found['backend']}): tensor {parallel.tensor} x pipeline "
         f"{parallel.pipeline}{layers} x data {machinery.data_size}; "
         f"{model.num_non_embedding_parameters:,} non-embedding parameters, {machinery.config.training.dtype}; "
-        f"optimizer {optimizer_name(machinery)}, norm {norm_name(machinery)}, attention {model.attention}"
+        f"optimizer {optimizer_name(machinery)}, norm {norm_name(machinery)}, attention {choose_backend(model)}"
     )

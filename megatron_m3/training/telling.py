@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from megatron_m3.errors import M3Error, user_message
 
-PATIENCE = 5.0
+PATIENCE = 10.0
 """Seconds in which a launcher ends the other processes when the first one has failed."""
 
 

@@ -22,6 +22,7 @@ from megatron_m3.ops.memory_attention.triton_tiles import Tile, place_of, tiles_
 from megatron_m3.ops.triton_support import load_kernels, need_device
 
 WHO, INSTEAD = "model.attention=triton", "use torch"
+LARGEST_HEAD = 256
 MOST_NUMBERS = 2**31 - 2**20
 """Numbers of one sequence that 32-bit offsets reach, the rows that a block has beyond the last one included."""
 FEW_PROGRAMS = 512
@@ -54,8 +55,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, memory_key: Tensor, memory
         raise UnsupportedError(f"model.attention=triton: no kernel for {query.dtype}; use reference")
     if any(tensor.dtype != query.dtype for tensor in (key, *others)):
         raise UnsupportedError("model.attention=triton: queries, keys and values of different dtypes; use torch")
-    if head_size > 256:
-        raise UnsupportedError(f"model.head_size={head_size}: model.attention=triton takes up to 256; use reference")
+    if head_size > LARGEST_HEAD:
+        raise UnsupportedError(f"model.head_size={head_size}: model.attention=triton takes up to {LARGEST_HEAD}; "
+                               "use reference")
     if any(tensor[:1].numel() >= MOST_NUMBERS for tensor in (query, memory_key)):
         raise UnsupportedError(
             f"model.attention=triton: {query.shape[1]:,} tokens, {heads} heads of {head_size}: more numbers in a "

@@ -1,5 +1,8 @@
 """Transform codes: bits go where they lower the error most, codes are exact bytes, trellises beat scalar levels."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -164,15 +167,23 @@ def test_compiled_and_plain_search_find_the_same(count, threads):
         torch.set_num_threads(before)
 
 
+ON_A_DEVICE = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from megatron_m3.ops.codec import trellis
+
+bits = [3, 2, 2, 1]
+with FakeTensorMode(allow_non_fake_inputs=True):
+    numbers, tables = torch.empty(4, 10, device="cuda"), torch.empty(9, trellis.STATES, device="cuda")
+    codes = trellis.pack(trellis.search_plainly(numbers, tables[:4], bits), bits)
+    values = trellis.look_up(codes, torch.tensor(bits).cumsum(0), torch.tensor(bits), tables)
+for one in (codes, values):
+    print(one.device.type, *one.shape)
+"""
+
+
 def test_on_a_device_streams_stay_there():
-    """With tensors that have a device and a shape, but no numbers."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """With tensors that have a device and a shape, but no numbers; in a process where the CPU does not stand in."""
+    done = subprocess.run([sys.executable, "-c", ON_A_DEVICE], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.splitlines() == ["cuda 10 1", "cuda 4 10"]
 
-    from megatron_m3.ops.codec import trellis
-
-    bits = [3, 2, 2, 1]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        numbers, tables = torch.empty(4, 10, device="cuda"), torch.empty(9, trellis.STATES, device="cuda")
-        codes = trellis.pack(trellis.search_plainly(numbers, tables[:4], bits), bits)
-        values = trellis.look_up(codes, torch.tensor(bits).cumsum(0), torch.tensor(bits), tables)
-    assert [(one.device.type, one.shape) for one in (codes, values)] == [("cuda", (10, 1)), ("cuda", (4, 10))]

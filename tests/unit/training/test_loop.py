@@ -38,10 +38,11 @@ def test_run_leaves_checkpoints_settings_and_environment(run, tmp_path, capsys):
     stored = from_dict(Config, json.loads((folder / "config.json").read_text()))
     assert stored.training.steps == 5
     environment = json.loads((folder / "environment.json").read_text())
-    assert (environment["optimizer"], environment["attention"]) == ("torch.optim.adamw.AdamW", "torch")
+    assert environment["optimizer"] == "torch.optim.adamw.AdamW"
+    assert environment["attention"] == "torch (auto: no CUDA device)"
     assert environment["layout"]["tensor"] == 1
     shown = capsys.readouterr().err
-    assert "optimizer torch.optim.adamw.AdamW, norm megatron_m3.model.layers.RMSNorm, attention torch\n" in shown
+    assert "optimizer torch.optim.adamw.AdamW, norm megatron_m3.model.layers.RMSNorm, attention torch (auto" in shown
     assert "step 5/5 100%" in shown
 
 
