@@ -75,7 +75,7 @@ class TrainingDataset:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of a micro-batch's arrays."""
+        """Names of a micro-batch's arrays; a sequence has also the ids of its references."""
         return ("context", "labels", "loss_mask", *(REFERENCE_ARRAYS if self.references else ()))
 
     def __len__(self) -> int:
