@@ -114,9 +114,9 @@ class Deduplication:
         """Rows of a block that a stage found to repeat, in order, and the number of the document that each repeats."""
         first, last = self.first_documents[index], self.first_documents[index] + self.store.sizes[index]
         runs = self._runs(stage)
-        found = [(run["document"][slice(*np.searchsorted(run["document"], (first, last)))] - first,
-                  run["first"][slice(*np.searchsorted(run["document"], (first, last)))])
-                 for run in map(runs.__getitem__, range(runs.num_blocks))]
+        found = [(run["document"][here] - first, run["first"][here].copy())
+                 for run in map(runs.__getitem__, range(runs.num_blocks))
+                 for here in [slice(*np.searchsorted(run["document"], (first, last)))]]
         rows, firsts = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.argsort(rows)
         return rows[order], firsts[order]
@@ -149,8 +149,7 @@ class Deduplication:
 
     def group(self, index: int) -> None:
         """Groups of documents that are the same, wholly or nearly, and the largest of them as text."""
-        runs = [run for stage in ("exact", "near") for run in map(self._runs(stage).__getitem__,
-                                                                  range(self.num_parts[stage]))]
+        runs = (self._runs(stage)[part] for stage in ("exact", "near") for part in range(self.num_parts[stage]))
         groups = join(np.stack([run["document"], run["first"]], axis=1) for run in runs)
         firsts, counts = np.unique(groups[:, 1], return_counts=True)
         largest = np.argsort(-counts, kind="stable")[:SHOWN_GROUPS]

@@ -12,8 +12,10 @@ import numpy as np
 from data_tools.minhash import MinHash
 from megatron_m3.manifest import block_name, map_block
 
-PAIRS_AT_A_TIME = 1 << 15
+PAIRS_AT_A_TIME = 1 << 14
 """Pairs whose signatures are compared at a time."""
+LEAST_JOINED = 1 << 18
+"""Pairs that are gathered before they are joined to the groups, at least."""
 ROUNDS = 64
 """Most documents of a bucket that others are compared with."""
 EMPTY = np.zeros((0, 2), np.int64)
@@ -29,13 +31,13 @@ class Runs:
         return map_block(self.folder / block_name(index))
 
     def part(self, part: int, num_parts: int, names: Sequence[str]) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Number of each block, and its arrays ``names`` where ``key`` lies in the part's range."""
+        """Number of each block, and its arrays ``names`` where ``key`` lies in the part's range; none stays mapped."""
         low, high = ((1 << 64) * edge // num_parts for edge in (part, part + 1))
         for index in range(self.num_blocks):
             run = self[index]
             first = int(np.searchsorted(run["key"], np.uint64(low)))
             last = len(run["key"]) if high >> 64 else int(np.searchsorted(run["key"], np.uint64(high)))
-            yield index, [run[name][first:last] for name in names]
+            yield index, [run[name][first:last].copy() for name in names]
 
 
 def exact_pairs(runs: Runs, first_documents: np.ndarray, part: int, num_parts: int) -> np.ndarray:
@@ -123,7 +125,7 @@ def join(parts: Iterator[np.ndarray]) -> np.ndarray:
     for pairs in parts:
         waiting.append(pairs)
         held += len(pairs)
-        if held > max(len(groups), 1 << 20):
+        if held > max(len(groups), LEAST_JOINED):
             groups, waiting, held = _components(np.concatenate([groups, *waiting])), [EMPTY], 0
     return _components(np.concatenate([groups, *waiting]))
 

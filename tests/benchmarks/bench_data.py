@@ -44,7 +44,7 @@ NEURAL = 128
 LENGTH = 128
 """Most tokens in a reference."""
 ENTRIES = (7, 25)
-"""Entries in a document: some 80 and 300 words."""
+"""Entries in a document: some 100 and 400 words."""
 HAN = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说"
 
 
