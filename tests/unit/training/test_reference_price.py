@@ -135,9 +135,12 @@ def test_nothing_of_spared_references_is_kept_for_the_backward_pass():
 
 def test_a_stopped_run_goes_on_with_the_same_steps_spared(run):
     options = {"training__stage": "continual", "training__steps": 5, "training__reference_gradient_every": 3,
-               "checkpoint__every": 2, "training__micro_batch": 4}
+               "checkpoint__every": 2, "training__micro_batch": 4, "schedule__style": "constant",
+               "schedule__warmup_fraction": 0}
     _, whole = run("whole", **options)
-    run("parts", **options | {"training__steps": 2, "schedule__style": "constant"})
+    run("parts", **options | {"training__steps": 2})
+    _, parts = run("parts", **options)
+    assert [record["loss"] for record in parts] == [record["loss"] for record in whole]
     _, every = run("every", **options | {"training__reference_gradient_every": 1})
     assert [one["loss"] == other["loss"] for one, other in zip(whole, every, strict=True)] == [True] * 2 + [False] * 3
     assert all(0 <= record["repeats"] < 0.5 for record in whole)
