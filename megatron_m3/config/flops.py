@@ -62,6 +62,8 @@ class LayerFlops:
     """Context tokens that attend to kept tokens, in a memory layer."""
     backward_factor: float = BACKWARD
     """Cost of the backward pass of all but the selection; 0 in frozen layers."""
+    reference_gradient: float = 1.0
+    """Share of the steps in which references have a backward pass."""
 
     @property
     def forward(self) -> float:
@@ -71,30 +73,61 @@ class LayerFlops:
     @property
     def backward(self) -> float:
         """The backward pass; recomputation is not counted."""
-        return self.backward_factor * (self.forward - self.selection)
+        return self.backward_factor * (self.context + self.reading + self.reference_gradient * self.references)
+
+    @property
+    def recomputed(self) -> float:
+        """The part of the forward pass that a backward pass repeats where layers are recomputed."""
+        return self.context + self.reading + self.reference_gradient * (self.references + self.selection)
 
 
-def layer_flops(config: Config, *, prefix_length: int = 0) -> list[LayerFlops]:
-    """Each layer's share of one sequence of ``config.training.stage``, for a prefix of ``prefix_length`` tokens."""
+@dataclass(frozen=True, kw_only=True)
+class ReferenceWork:
+    """What references cost one sequence."""
+
+    read: float
+    """Chunks that have a reference."""
+    encoded: float
+    """Different references that are encoded."""
+    gradient: float
+    """Share of the steps in which they have a backward pass."""
+
+    @classmethod
+    def planned(cls, config: Config) -> "ReferenceWork":
+        """What is expected of a run."""
+        # a joint sequence has no references in the warmup stage
+        read = config.num_references if config.training.stage == "continual" else 0
+        every = config.training.reference_gradient_every
+        return cls(read=read, encoded=read * (1 - config.data.expected_repeats), gradient=1 / every if every else 0.0)
+
+
+def layer_flops(config: Config, *, prefix_length: int = 0, work: ReferenceWork | None = None) -> list[LayerFlops]:
+    """Each layer's share of one sequence of ``config.training.stage``.
+
+    Args:
+        config: of the run.
+        prefix_length: tokens of the prefix.
+        work: what references cost; by default what is planned.
+    """
+    work = work or ReferenceWork.planned(config)
     model, memory, last = config.model, config.memory, config.memory_layers[-1]
     length, chunks = config.data.sequence_length, config.data.sequence_length // memory.chunk_length
     tokens, pairs = prefix_length + length, (prefix_length + length) ** 2 / 2
     context = projection_flops(model, tokens) + mlp_flops(model, tokens) + attention_flops(model, pairs)
-    # a joint sequence has no references in the warmup stage
-    references = config.num_references if config.training.stage == "continual" else 0
-    rows = references * memory.reference_length
+    rows = work.encoded * memory.reference_length
     below = projection_flops(model, rows) + mlp_flops(model, rows)
     below += attention_flops(model, rows * (prefix_length + memory.reference_length / 2))
     at_last = query_flops(model, rows) + key_value_flops(model, rows)
     # chunks with and without a reference are taken to be spread evenly
-    read = sum(min(chunk + 1, memory.window) for chunk in range(chunks)) * memory.chunk_length * references / chunks
+    read = sum(min(chunk + 1, memory.window) for chunk in range(chunks)) * memory.chunk_length * work.read / chunks
     return [
         LayerFlops(
             context=context,
             references=below if layer < last else at_last if layer == last else 0.0,
-            selection=selection_flops(model, references, memory.reference_length) * (layer in config.memory_layers),
+            selection=selection_flops(model, work.encoded, memory.reference_length) * (layer in config.memory_layers),
             reading=attention_flops(model, read * memory.num_kept_tokens) * (layer in config.memory_layers),
             backward_factor=BACKWARD if layer >= config.training.frozen_layers else 0,
+            reference_gradient=work.gradient,
         )
         for layer in range(model.num_layers)
     ]
@@ -127,16 +160,18 @@ class StepFlops:
         return self.context + self.references + self.selection + self.reading
 
 
-def step_flops(config: Config, *, prefix_length: int = 0) -> StepFlops:
-    """Operations of one step of ``config.training.stage``, for a prefix of ``prefix_length`` tokens."""
-    sequences, layers = config.training.global_batch, layer_flops(config, prefix_length=prefix_length)
+def step_flops(config: Config, *, prefix_length: int = 0, work: ReferenceWork | None = None) -> StepFlops:
+    """Operations of one step of ``config.training.stage``; arguments as for :func:`layer_flops`."""
+    sequences, layers = config.training.global_batch, layer_flops(config, prefix_length=prefix_length, work=work)
 
     def both(part: str) -> float:
         return sequences * sum((1 + layer.backward_factor) * getattr(layer, part) for layer in layers)
 
     return StepFlops(
         context=both("context") + sequences * sum(head_flops(config)),
-        references=both("references"),
+        references=sequences * sum(
+            (1 + layer.backward_factor * layer.reference_gradient) * layer.references for layer in layers
+        ),
         selection=sequences * sum(layer.selection for layer in layers),
         reading=both("reading"),
     )

@@ -37,6 +37,11 @@ class DataConfig:
     references_per_sequence: int = 0
     """Most references that are encoded for a sequence; chunks that come after them go without. 0 is one for every
     chunk; fewer save the work on chunks that have none."""
+    encode_once: bool = True
+    """Encode a reference once for all chunks of a micro-batch that read it; loss and gradients stay the same."""
+    expected_repeats: float = 0.0
+    """Share of the references that plans take to be repeats, which encode_once does not encode; the step line tells the
+    share."""
     max_overlap: float = 0.9
     """References with a larger overlap (eq. 6) with the training sequence are dropped."""
     seed: int = 1234
@@ -44,7 +49,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_range("data", self, 1, math.inf, "sequence_length", "prefetch")
-        check_range("data", self, 0, 1, "max_overlap")
+        check_range("data", self, 0, 1, "max_overlap", "expected_repeats")
+        if self.expected_repeats and not self.encode_once:
+            raise ConfigError(f"data.expected_repeats={self.expected_repeats}: needs data.encode_once=true")
         check_range("data", self, 0, math.inf, "references_per_sequence")
         check_range("data", self, 0, MAX_SEED, "seed")
 
@@ -111,13 +118,16 @@ class TrainingConfig:
     """Folder of the run: checkpoints, metrics, resolved config."""
     frozen_layers: int = 0
     """Lowest layers whose weights stay as they are; from 1 on the embedding (and an output tied to it) does too."""
+    reference_gradient_every: int = 1
+    """Steps from one whose gradient flows through the references to the next; in those between them memories are
+    read as they are, and their references have no backward pass. 0: in no step."""
     init_from: str = ""
     """Checkpoint whose weights the run starts from (continual starts from a warmup checkpoint)."""
 
     def __post_init__(self) -> None:
         check_range("training", self, 1, math.inf, "steps", "global_batch", "micro_batch")
         check_range("training", self, 0, MAX_SEED, "seed")
-        check_range("training", self, 0, math.inf, "frozen_layers")
+        check_range("training", self, 0, math.inf, "frozen_layers", "reference_gradient_every")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,10 +46,11 @@ def even_layers(num_layers: int, chunks: int) -> tuple[int, ...]:
 def part_costs(config: Config) -> list[Cost]:
     """FLOPs of embedding, each layer and output projection on one sequence; the prefix is not counted.
 
-    With ``parallel.recompute`` the backward pass of a layer has its forward pass again.
+    With ``parallel.recompute`` the backward pass of a layer has its forward pass again, but for references that have
+    no backward pass.
     """
     again = config.parallel.recompute
-    layers = [(layer.forward, layer.backward + again * layer.forward) for layer in layer_flops(config)]
+    layers = [(layer.forward, layer.backward + again * layer.recomputed) for layer in layer_flops(config)]
     return [(0.0, 0.0), *layers, head_flops(config)]
 
 

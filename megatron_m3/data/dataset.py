@@ -18,7 +18,7 @@ from megatron_m3.references import ReferenceStore
 from megatron_m3.retrieval.overlap import exceeds_overlap
 from megatron_m3.tokenizer import Tokenizer
 
-REFERENCE_ARRAYS = ("references", "reference_lengths", "reference_chunks")
+REFERENCE_ARRAYS = ("references", "reference_lengths", "chunk_references")
 
 
 class Run(NamedTuple):
@@ -75,7 +75,7 @@ class TrainingDataset:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of a sequence's arrays."""
+        """Names of a micro-batch's arrays; a sequence has also the ids of its references."""
         return ("context", "labels", "loss_mask", *(REFERENCE_ARRAYS if self.references else ()))
 
     def __len__(self) -> int:
@@ -87,8 +87,8 @@ class TrainingDataset:
         Returns:
             ``context`` and ``labels`` int64 [S]: BOS and all tokens but the last, and all tokens; ``loss_mask`` float32
             [S]: 0 where padded. In the continual stage also, for N references, ``references`` int64
-            [N, reference_length], zero padded, ``reference_lengths`` int64 [N]: 0 where one is missing, and
-            ``reference_chunks`` int64 [N]: the chunk that each belongs to.
+            [N, reference_length], zero padded, ``reference_lengths`` int64 [N] and ``reference_ids`` int64 [N]: 0 and
+            -1 where one is missing, and ``chunk_references`` int64 [chunks]: which of the N each chunk has, or -1.
         """
         tokens, real = self.read(index)
         sequence = {
@@ -101,15 +101,18 @@ class TrainingDataset:
         return sequence
 
     def _read_references(self, ids: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays of references; where they are fewer than the chunks, those that chunks have stand first."""
+        """The arrays of references, in the order of the chunks that have one, up to the most that are encoded."""
         assert self.references is not None
-        count = self.num_references
-        chunks = np.argsort(~chosen, kind="stable")[:count] if count < len(ids) else np.arange(count)
-        there = chosen[chunks]
-        references, lengths = np.zeros((count, self.reference_length), np.int64), np.zeros(count, np.int64)
-        found = self.references.tokens(ids[chunks][there])
-        references[there, : self.references.reference_length], lengths[there] = found
-        return dict(zip(REFERENCE_ARRAYS, (references, lengths, chunks), strict=True))
+        chunks = np.flatnonzero(chosen)[: self.num_references]
+        count = len(chunks)
+        references = np.zeros((self.num_references, self.reference_length), np.int64)
+        lengths, kept_ids = np.zeros(self.num_references, np.int64), np.full(self.num_references, -1)
+        places = np.full(len(ids), -1)
+        kept_ids[:count], places[chunks] = ids[chunks], np.arange(count)
+        found = self.references.tokens(ids[chunks])
+        references[:count, : self.references.reference_length], lengths[:count] = found
+        arrays = dict(zip(REFERENCE_ARRAYS, (references, lengths, places), strict=True))
+        return arrays | {"reference_ids": kept_ids}
 
     def runs(self, index: int) -> Iterator[Run]:
         """The documents' chunks that sequence ``index`` is made of, in order."""

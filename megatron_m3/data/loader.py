@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_m3.config import Config
 from megatron_m3.data.dataset import TrainingDataset
+from megatron_m3.data.micro_batch import stack_sequences
 from megatron_m3.data.order import sequence_at
 from megatron_m3.errors import ConfigError, UnsupportedError
 
@@ -30,7 +31,7 @@ def build_loader(
 ) -> Iterator[Batch]:
     """Micro-batches of rank ``data_rank`` of ``data_size``, from sequence ``consumed`` of the order on, without end.
 
-    Each is a dictionary of CPU tensors, the arrays of :class:`TrainingDataset` stacked, [micro_batch, ...].
+    Each is a dictionary of CPU tensors, the arrays of :func:`stack_sequences`, [micro_batch, ...].
 
     Raises:
         ConfigError: the micro-batches of all ranks do not fill the global batch evenly.
@@ -44,9 +45,9 @@ def build_loader(
         )
     indices = sequence_numbers(config, len(dataset), consumed, data_rank, data_size)
     if config.data.loader == "dali":
-        batches = _dali_batches(dataset, indices, config.training.micro_batch)
+        batches = _dali_batches(config, dataset, indices)
     else:
-        batches = _torch_batches(dataset, indices)
+        batches = _torch_batches(config, dataset, indices)
     return ReadAhead(batches, config.data.prefetch)
 
 
@@ -59,21 +60,17 @@ def sequence_numbers(
         yield [sequence_at(position, size, config.data.seed) for position in range(start, start + micro_batch)]
 
 
-def _stack(sequences: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([sequence[name] for sequence in sequences]) for name in sequences[0]}
-
-
-def _torch_batches(dataset: TrainingDataset, indices: Iterator[list[int]]) -> Iterator[Batch]:
+def _torch_batches(config: Config, dataset: TrainingDataset, indices: Iterator[list[int]]) -> Iterator[Batch]:
     import torch
     from torch.utils.data import DataLoader
 
     def collate(sequences: list[dict[str, np.ndarray]]) -> Batch:
-        return {name: torch.from_numpy(array) for name, array in _stack(sequences).items()}
+        return {name: torch.from_numpy(array) for name, array in stack_sequences(sequences, config).items()}
 
     return iter(DataLoader(dataset, batch_sampler=indices, collate_fn=collate))  # type: ignore[arg-type]
 
 
-def _dali_batches(dataset: TrainingDataset, indices: Iterator[list[int]], micro_batch: int) -> Iterator[Batch]:
+def _dali_batches(config: Config, dataset: TrainingDataset, indices: Iterator[list[int]]) -> Iterator[Batch]:
     import torch
 
     try:
@@ -83,10 +80,10 @@ def _dali_batches(dataset: TrainingDataset, indices: Iterator[list[int]], micro_
         raise UnsupportedError(f"data.loader=dali: DALI cannot be used ({error}); install it or set torch") from None
 
     def read() -> list[np.ndarray]:
-        arrays = _stack([dataset[index] for index in next(indices)])
+        arrays = stack_sequences([dataset[index] for index in next(indices)], config)
         return [arrays[name] for name in dataset.names]
 
-    pipeline = Pipeline(batch_size=micro_batch, num_threads=1, device_id=None, exec_dynamic=True)
+    pipeline = Pipeline(batch_size=config.training.micro_batch, num_threads=1, device_id=None, exec_dynamic=True)
     with pipeline:
         pipeline.set_outputs(*fn.external_source(source=read, num_outputs=len(dataset.names)))
     pipeline.build()

@@ -134,7 +134,7 @@ def layer_activation_bytes(config: Config, layer: int) -> int:
     token = 4 * residual + (5 if references else 4) * query + 5 * model.ffn_size // ranks
     # of references the last memory layer makes keys and values, no more
     numbers = trunk * token + references * (token if layer < config.memory_layers[-1] else 2 * residual)
-    if references and layer in config.memory_layers:
+    if config.training.stage == "continual" and layer in config.memory_layers:
         numbers += (trunk + references) * (query + 2 * key) + references * key
     return _number_bytes(config) * numbers
 
@@ -144,8 +144,9 @@ def _number_bytes(config: Config) -> int:
 
 
 def _reference_tokens(config: Config, layer: int) -> int:
-    """Tokens of references that enter a layer with one sequence."""
-    if config.training.stage == "warmup" or layer > config.memory_layers[-1]:
+    """Most tokens of references that a layer keeps something of for the backward pass of one sequence."""
+    training = config.training
+    if training.stage == "warmup" or training.reference_gradient_every == 0 or layer > config.memory_layers[-1]:
         return 0
     return config.num_references * config.memory.reference_length
 

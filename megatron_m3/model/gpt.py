@@ -15,6 +15,7 @@ from megatron_m3.errors import ConfigError
 from megatron_m3.model.attention import AttentionPlan
 from megatron_m3.model.layers import block_spec
 from megatron_m3.model.layout import JointLayout
+from megatron_m3.model.reference_pass import pass_references
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -143,17 +144,20 @@ def logits(model: torch.nn.Module, tokens_BS: Tensor, plan: AttentionPlan, vocab
 
 
 def training_forward(
-    model: torch.nn.Module, batch: dict[str, Tensor], config: Config, prefix: Tensor, num_kept_tokens: int | None = None
+    model: torch.nn.Module, batch: dict[str, Tensor], config: Config, prefix: Tensor,
+    num_kept_tokens: int | None = None, reference_gradient: bool = True,
 ) -> Tensor:
     """One pass over a micro-batch: per-token losses ``[B, S]`` on the last pipeline stage, hidden states elsewhere.
 
     Args:
         model: this process's model chunk.
         batch: context and labels ``[B, S]``; in the continual stage also references ``[B, N, R]``, reference_lengths
-            ``[B, N]`` (0 = missing) and, unless there is one for every chunk, reference_chunks ``[B, N]``.
+            ``[B, N]`` (0 = missing) and, unless chunk c has reference c, chunk_references ``[B, C]``: which of the
+            B * N each chunk has, -1 for none.
         config: of the run.
         prefix: token ids of the prefix ``[P]``; read only where the batch has references.
         num_kept_tokens: tokens kept of a full reference, where the config's ``memory.tokens`` is not meant.
+        reference_gradient: whether the gradient flows through the references.
     """
     context, labels = batch["context"], batch["labels"]
     B, S = context.shape
@@ -169,8 +173,12 @@ def training_forward(
     padding = context.new_zeros(B, -(P + S) % ranks)
     layout = JointLayout(
         config=config, prefix_length=P, context_length=S + padding.shape[1], reference_lengths_BN=lengths,
-        reference_chunks_BN=batch.get("reference_chunks"), num_kept_tokens=num_kept_tokens,
+        chunk_references_BC=batch.get("chunk_references"), num_kept_tokens=num_kept_tokens,
     )
+    passed = None
+    if lengths is not None and not reference_gradient:
+        layout, passed = pass_references(model, references, prefix_BP, layout)
+        references = references[:, :0]
     out = model(
         torch.cat([references, prefix_BP, context, padding], 1),
         None,
@@ -179,5 +187,5 @@ def training_forward(
         extra_block_kwargs={"attention_bias": layout},
     )
     if out.dim() == 3:
-        return out
+        return out if passed is None else torch.cat([passed, out])
     return out[:, P : P + S]

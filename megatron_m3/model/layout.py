@@ -3,14 +3,15 @@
 A sequence is ``[references | prefix | context]``. Token-wise layers do not know of the parts. Prefix and context
 together are the *trunk*. References stand first, so that dropping them after the last memory layer keeps a contiguous
 tail, and the trunk's causal attention needs no gathering. Positions are explicit: prefix 0..p-1, every reference
-p..p+127, context from p+128 (or from 0 where there is no prefix).
+p..p+127, context from p+128 (or from 0 where there is no prefix). A reference sees the prefix and itself alone, so a
+chunk may read one that stands in another sequence of the batch, and many chunks the same.
 
-Letters: S joint sequence, B batch, C chunks, N references (at most one a chunk), R tokens of a reference, T trunk,
+Letters: S joint sequence, B batch, C chunks, N references in a sequence, R tokens of a reference, T trunk,
 H and G heads, D head size, K kept tokens, M references of all sequences.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -21,6 +22,12 @@ from megatron_m3.model.rope import Rope, rotate
 from megatron_m3.model.selection import local_memory_heads, select_in_layer
 from megatron_m3.ops.choice import choose_backend
 from megatron_m3.ops.memory_attention import get_backend
+
+type Memories = tuple[Tensor, Tensor, Tensor]
+"""Kept keys and values ``[B, C, K, G, D]`` of each chunk's reference, and which are read, ``[B, C, K]``.
+
+Where not all key-value heads hold memory, the latter is ``[B, C, K, G]``.
+"""
 
 
 def trunk_positions(prefix_length: int, reference_length: int, context_length: int) -> Tensor:
@@ -59,12 +66,13 @@ class JointLayout:
     context_length: int
     """Rows of the context, padding included."""
     reference_lengths_BN: Tensor | None
-    """Tokens of each reference, 0 where it is missing; None in the warmup stage."""
-    reference_chunks_BN: Tensor | None = None
-    """The chunk that each reference belongs to, a different one for each that is not missing; by default reference n
-    belongs to chunk n."""
+    """Tokens of each reference, 0 where it is missing; None where no rows are references."""
+    chunk_references_BC: Tensor | None = None
+    """Which of the M references each chunk has, -1 for none; by default chunk c has its sequence's reference c."""
     num_kept_tokens: int | None = None
     """Tokens kept of a full reference for each key-value head; by default the config's."""
+    memories: dict[int, Memories] = field(default_factory=dict)
+    """What memory layers read where references are not among the rows."""
 
     @property
     def num_reference_rows(self) -> int:
@@ -72,44 +80,49 @@ class JointLayout:
         lengths = self.reference_lengths_BN
         return 0 if lengths is None else lengths.shape[1] * self.config.memory.reference_length
 
+    @property
+    def _backend(self) -> ModuleType:
+        return get_backend(choose_backend(self.config.model).name)
+
     def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
         """See :class:`megatron_m3.model.attention.AttentionPlan`; the last memory layer returns the trunk alone."""
-        backend = get_backend(choose_backend(self.config.model).name)
-        carries_references = self.reference_lengths_BN is not None and layer <= self.config.memory_layers[-1]
-        head = self.num_reference_rows if carries_references else 0
-        table = _rope_table(self, head, query_SBHD.device, query_SBHD.dtype)
-        query_BSHD, key_BSGD = (rotate(part, table).transpose(0, 1) for part in (query_SBHD, key_SBGD))
-        value_BSGD = value_SBGD.transpose(0, 1)
-        trunk = query_BSHD[:, head:], key_BSGD[:, head:], value_BSGD[:, head:]
-        if not carries_references:
-            return backend.causal_attention(*trunk).transpose(0, 1)
-        rotated = query_BSHD[:, :head], key_BSGD[:, :head], value_BSGD[:, :head]
-        if layer in self.config.memory_layers:
-            memories = self._memories(layer, query_SBHD[:head], key_SBGD[:head], *rotated[1:])
-            out_BTHD = backend.memory_attention(
-                *trunk, *memories, prefix_length=self.prefix_length,
-                chunk_length=self.config.memory.chunk_length, window=self.config.memory.window,
-            )
-        else:
-            out_BTHD = backend.causal_attention(*trunk)
-        if layer == self.config.memory_layers[-1]:
+        last = self.config.memory_layers[-1]
+        head = self.num_reference_rows if layer <= last else 0
+        references, trunk = self.rotated(head, query_SBHD, key_SBGD, value_SBGD)
+        memories = self.memories.get(layer)
+        if head and layer in self.config.memory_layers:
+            memories = self.choose(layer, query_SBHD[:head], key_SBGD[:head], *references[1:])
+        out_BTHD = self.attend_in_trunk(trunk, memories)
+        if not head or layer == last:
             return out_BTHD.transpose(0, 1)
-        references_BSHD = self._attend_in_references(backend, rotated, trunk)
-        return torch.cat([references_BSHD, out_BTHD], 1).transpose(0, 1)
+        return torch.cat([self.attend_in_references(references, trunk), out_BTHD], 1).transpose(0, 1)
+
+    def rotated(
+        self, head: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Queries, keys after RoPE and values of the first ``head`` rows, and of the others, batch first."""
+        table = _rope_table(self, head, query_SBHD.device, query_SBHD.dtype)
+        whole = *(rotate(part, table).transpose(0, 1) for part in (query_SBHD, key_SBGD)), value_SBGD.transpose(0, 1)
+        return tuple(part[:, :head] for part in whole), tuple(part[:, head:] for part in whole)
+
+    def attend_in_trunk(self, trunk: tuple[Tensor, ...], memories: Memories | None) -> Tensor:
+        """The trunk's tokens read memories, where there are any, and the trunk up to themselves."""
+        backend, memory = self._backend, self.config.memory
+        if memories is None:
+            return backend.causal_attention(*trunk)
+        return backend.memory_attention(
+            *trunk, *memories, prefix_length=self.prefix_length, chunk_length=memory.chunk_length, window=memory.window,
+        )
 
     def _split(self, rows_BSHD: Tensor) -> Tensor:
         """Reference rows ``[B, N * R, heads, D]`` as ``[B * N, R, heads, D]``."""
         return rows_BSHD.reshape(-1, self.config.memory.reference_length, *rows_BSHD.shape[2:])
 
-    def _memories(
+    def choose(
         self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, rotated_key_BSGD: Tensor, value_BSGD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Kept keys and values ``[B, C, K, G, D]`` of each chunk's reference, and which are read, ``[B, C, K]``.
-
-        Where not all key-value heads hold memory, the latter is ``[B, C, K, G]``.
-        """
+    ) -> Memories:
+        """The memories that chunks have in a memory layer, from the rows that hold references."""
         assert self.reference_lengths_BN is not None
-        B, N = self.reference_lengths_BN.shape
         indices_MGK, valid_MK = select_in_layer(
             self.config, layer,
             self._split(query_SBHD.detach().transpose(0, 1)),
@@ -118,30 +131,26 @@ class JointLayout:
             self.reference_lengths_BN.flatten(), self.num_kept_tokens or self.config.memory.num_kept_tokens,
         )
         index_MKGD = indices_MGK.transpose(1, 2)[..., None].expand(-1, -1, -1, key_SBGD.shape[-1])
-        kept = [self._split(rows).gather(1, index_MKGD) for rows in (rotated_key_BSGD, value_BSGD)]
-        key, value = (rows.reshape(B, N, *rows.shape[1:]) for rows in kept)
-        key, value, valid_BCK = self._by_chunk(key, value, valid_MK.reshape(B, N, -1))
+        kept_key, kept_value = (self._split(rows).gather(1, index_MKGD) for rows in (rotated_key_BSGD, value_BSGD))
+        key, value, valid_BCK = self._by_chunk(kept_key, kept_value, valid_MK)
         heads_G = local_memory_heads(self.config, layer)
         return key, value, valid_BCK if heads_G is None else valid_BCK[..., None] & heads_G.to(valid_BCK.device)
 
-    def _by_chunk(self, key_BNKGD: Tensor, value_BNKGD: Tensor, valid_BNK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _by_chunk(self, key_MKGD: Tensor, value_MKGD: Tensor, valid_MK: Tensor) -> Memories:
         """The memories in the order of the chunks, with empty ones for chunks that have none."""
-        if self.reference_chunks_BN is None:
-            return key_BNKGD, value_BNKGD, valid_BNK
-        C = self.context_length // self.config.memory.chunk_length
-        here_BNC = self.reference_chunks_BN[..., None] == torch.arange(C, device=valid_BNK.device)
-        here_BNC = here_BNC & valid_BNK.any(-1, keepdim=True)
-        number_BC = here_BNC.int().argmax(1)
-        rows_B1 = torch.arange(len(number_BC), device=number_BC.device)[:, None]
-        key_BCKGD, value_BCKGD, valid_BCK = (part[rows_B1, number_BC] for part in (key_BNKGD, value_BNKGD, valid_BNK))
-        return key_BCKGD, value_BCKGD, valid_BCK & here_BNC.any(1)[..., None]
+        assert self.reference_lengths_BN is not None
+        if self.chunk_references_BC is None:
+            B = len(self.reference_lengths_BN)
+            key, value, valid = (part.reshape(B, -1, *part.shape[1:]) for part in (key_MKGD, value_MKGD, valid_MK))
+            return key, value, valid
+        places_BC = self.chunk_references_BC.clamp_min(0)
+        valid_BCK = valid_MK[places_BC] & (self.chunk_references_BC >= 0)[..., None]
+        return key_MKGD[places_BC], value_MKGD[places_BC], valid_BCK
 
-    def _attend_in_references(
-        self, backend: ModuleType, rotated: tuple[Tensor, ...], trunk: tuple[Tensor, ...]
-    ) -> Tensor:
+    def attend_in_references(self, references: tuple[Tensor, ...], trunk: tuple[Tensor, ...]) -> Tensor:
         """Each reference's tokens read the prefix and their own reference: ``[B, N * R, H, D]``."""
-        B, rows = rotated[0].shape[:2]
+        B, rows = references[0].shape[:2]
         count = rows // self.config.memory.reference_length
         prefix = (part[:, : self.prefix_length].repeat_interleave(count, 0) for part in trunk[1:])
-        out_NRHD = backend.reference_attention(*map(self._split, rotated), *prefix)
+        out_NRHD = self._backend.reference_attention(*map(self._split, references), *prefix)
         return out_NRHD.reshape(B, rows, *out_NRHD.shape[2:])

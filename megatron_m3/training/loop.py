@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_m3.config import Config
-from megatron_m3.config.flops import step_flops
+from megatron_m3.config.flops import ReferenceWork, step_flops
 from megatron_m3.data import TrainingDataset, build_loader
 from megatron_m3.errors import ConfigError
 from megatron_m3.manifest import atomic_path
@@ -35,7 +35,7 @@ from megatron_m3.training.checks import check_run
 from megatron_m3.training.guard import Guard, GuardState, Verdict
 from megatron_m3.training.metrics import Metrics, measure_peak_tflops, say
 from megatron_m3.training.record import describe, write_run_record
-from megatron_m3.training.schedule import kept_tokens, learning_rate
+from megatron_m3.training.schedule import gradient_in_references, kept_tokens, learning_rate
 from megatron_m3.training.setup import Machinery, build_machinery
 from megatron_m3.training.state import RunState, data_hashes, load_run, save_run, start_from
 from megatron_m3.training.step import StepResult, training_step
@@ -100,7 +100,6 @@ class Loop:
         self.first = dist.get_rank() == 0
         self.state, self.guard = RunState(), Guard(config.guard)
         self.metrics = Metrics(self.output, every=config.logging.every, tensorboard=config.logging.tensorboard)
-        self.flops = step_flops(config, prefix_length=len(machinery.prefix)).total
         self.peak = config.logging.peak_tflops or measure_peak_tflops(
             machinery.platform.device, DTYPES[config.training.dtype]
         )
@@ -174,18 +173,23 @@ class Loop:
             self.state.step, config.training.steps, config.optimizer.lr, config.schedule
         )
         kept = kept_tokens(self.state.step, config.training.steps, config.memory)
-        result = training_step(self.machinery, self.reader, rate, self.requests.pending, kept)
+        gradient = gradient_in_references(self.state.step, config.training)
+        result = training_step(self.machinery, self.reader, rate, self.requests.pending, kept, gradient)
         verdict = self.guard.observe(result.loss, result.grad_norm, sequences)
         self.state.step += 1
         self.state.position = self.reader_position = sequences[1]
-        self._record(result, rate, time.perf_counter() - start)
+        self._record(result, rate, gradient, time.perf_counter() - start)
         return result, verdict
 
-    def _record(self, result: StepResult, rate: float, seconds: float) -> None:
+    def _record(self, result: StepResult, rate: float, gradient: bool, seconds: float) -> None:
         self.seconds_per_step += (seconds - self.seconds_per_step) * (0.1 if self.seconds_per_step else 1.0)
         if not self.first:
             return
         training = self.config.training
+        work = ReferenceWork(read=result.read / training.global_batch, encoded=result.encoded / training.global_batch,
+                             gradient=gradient)
+        flops = step_flops(self.config, prefix_length=len(self.machinery.prefix), work=work).total
+        repeats = {"repeats": 1 - result.encoded / max(result.read, 1)} if training.stage == "continual" else {}
         self.metrics.step({
             "step": self.state.step,
             "steps": training.steps,
@@ -193,10 +197,11 @@ class Loop:
             "grad_norm": result.grad_norm,
             "lr": rate,
             "tokens": result.tokens,
+            **repeats,
             "sequences": self.state.position,
             "seconds": seconds,
             "tokens_per_second": training.global_batch * self.config.data.sequence_length / seconds,
-            "mfu": self.flops / (seconds * self.peak * 1e12 * dist.get_world_size()),
+            "mfu": flops / (seconds * self.peak * 1e12 * dist.get_world_size()),
             "seconds_left": (training.steps - self.state.step) * self.seconds_per_step,
         })
 

@@ -26,10 +26,11 @@ def format_count(number: float) -> str:
 def step_line(record: dict[str, Any]) -> str:
     """One step as a line for people, from the record that goes to metrics.jsonl."""
     share = 100 * record["step"] / record["steps"]
+    repeats = f"repeats {100 * record['repeats']:.0f}% | " if "repeats" in record else ""
     return (
         f"step {record['step']}/{record['steps']} {share:3.0f}% | loss {record['loss']:.4f} | "
         f"grad norm {record['grad_norm']:.3f} | rate {record['lr']:.2e} | "
-        f"{format_count(record['tokens_per_second'])} tokens/s | MFU {100 * record['mfu']:.1f}% | "
+        f"{repeats}{format_count(record['tokens_per_second'])} tokens/s | MFU {100 * record['mfu']:.1f}% | "
         f"{format_seconds(record['seconds_left'])} left"
     )
 

@@ -1,8 +1,9 @@
-"""What changes with the step, as pure functions of it: the learning rate (sections 5 and 6) and the kept tokens."""
+"""What changes with the step, as pure functions of it: the learning rate (sections 5 and 6), the kept tokens, the
+references' gradient."""
 
 import math
 
-from megatron_m3.config import MemoryConfig, ScheduleConfig
+from megatron_m3.config import MemoryConfig, ScheduleConfig, TrainingConfig
 
 
 def rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
@@ -34,3 +35,9 @@ def kept_tokens(step: int, steps: int, memory: MemoryConfig) -> int:
     if step >= falling:
         return memory.num_kept_tokens
     return round(memory.reference_length * (memory.num_kept_tokens / memory.reference_length) ** (step / falling))
+
+
+def gradient_in_references(step: int, training: TrainingConfig) -> bool:
+    """Whether the gradient of ``step``, counted from 0, flows through the references."""
+    every = training.reference_gradient_every
+    return every > 0 and step % every == 0

@@ -34,13 +34,17 @@ class StepResult:
     """Global norm of the gradient before clipping."""
     tokens: int
     """Tokens that count."""
+    read: int
+    """Chunks that have a reference."""
+    encoded: int
+    """References that were encoded for them."""
     request: int
     """Largest request of any process, as given to :func:`training_step`."""
 
 
 def training_step(
     machinery: Machinery, micro_batches: Iterator[Batch], rate: float, request: int = 0,
-    num_kept_tokens: int | None = None,
+    num_kept_tokens: int | None = None, reference_gradient: bool = True,
 ) -> StepResult:
     """Train on the next global batch at learning rate ``rate``.
 
@@ -50,6 +54,7 @@ def training_step(
         rate: learning rate of this step.
         request: a number that all processes should agree on; the largest one comes back.
         num_kept_tokens: tokens kept of a full reference in this step; by default the config's.
+        reference_gradient: whether the gradient flows through the references in this step.
     """
     config, device = machinery.config, machinery.platform.device
     batches = _read(micro_batches, machinery.num_micro_batches, device)
@@ -58,7 +63,7 @@ def training_step(
     machinery.optimizer.zero_grad()
     iterators = [iter(batches) for _ in machinery.chunks]
     sums = get_forward_backward_func()(
-        forward_step_func=partial(_forward, machinery, num_kept_tokens),
+        forward_step_func=partial(_forward, machinery, num_kept_tokens, reference_gradient),
         data_iterator=iterators,
         model=machinery.chunks,
         num_microbatches=machinery.num_micro_batches,
@@ -69,8 +74,11 @@ def training_step(
     for group in machinery.optimizer.param_groups:
         group["lr"] = rate
     _, grad_norm, _ = machinery.optimizer.step()
-    loss, tokens, asked = _agree(sums, request, device)
-    return StepResult(loss=loss, grad_norm=float(grad_norm), tokens=tokens, request=asked)
+    (total, tokens, read, encoded), asked = _agree(sums, batches, request, device)
+    return StepResult(
+        loss=total / max(tokens, 1), grad_norm=float(grad_norm), tokens=int(tokens), read=int(read),
+        encoded=int(encoded), request=asked,
+    )
 
 
 def _read(micro_batches: Iterator[Batch], count: int, device: torch.device) -> list[Batch]:
@@ -82,11 +90,12 @@ def _read(micro_batches: Iterator[Batch], count: int, device: torch.device) -> l
 
 
 def _forward(
-    machinery: Machinery, num_kept_tokens: int | None, batches: Iterator[Batch], chunk: torch.nn.Module
+    machinery: Machinery, num_kept_tokens: int | None, reference_gradient: bool, batches: Iterator[Batch],
+    chunk: torch.nn.Module,
 ) -> tuple[Tensor, Any]:
     """The schedule's forward step: output of this chunk, and how the last stage turns it into a loss."""
     batch = next(batches)
-    out = training_forward(chunk, batch, machinery.config, machinery.prefix, num_kept_tokens)
+    out = training_forward(chunk, batch, machinery.config, machinery.prefix, num_kept_tokens, reference_gradient)
     return out, partial(_sum_loss, batch["loss_mask"])
 
 
@@ -96,15 +105,27 @@ def _sum_loss(mask_BS: Tensor, loss_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return total, tokens.to(torch.int), torch.stack([total.detach(), tokens]).double()
 
 
-def _agree(sums: list[Tensor], request: int, device: torch.device) -> tuple[float, int, int]:
-    """Mean loss, tokens and the largest request over all processes.
+def _agree(
+    sums: list[Tensor], batches: list[Batch], request: int, device: torch.device
+) -> tuple[list[float], int]:
+    """Summed loss, tokens, references read and encoded, and the largest request, over all processes.
 
     The loss is known to the last pipeline stage only, and to each tensor-parallel process there alike.
     """
-    shared = torch.zeros(2 + dist.get_world_size(), dtype=torch.float64, device=device)
+    shared = torch.zeros(4 + dist.get_world_size(), dtype=torch.float64, device=device)
     if sums and parallel_state.get_tensor_model_parallel_rank() == 0:
         shared[:2] = torch.stack(sums).sum(0)
-    shared[2 + dist.get_rank()] = request
+        shared[2:4] = torch.stack([_count_references(batch) for batch in batches]).sum(0)
+    shared[4 + dist.get_rank()] = request
     dist.all_reduce(shared)
-    total, tokens, *requests = shared.tolist()
-    return total / max(tokens, 1), int(tokens), int(max(requests))
+    found = shared.tolist()
+    return found[:4], int(max(found[4:]))
+
+
+def _count_references(batch: Batch) -> Tensor:
+    """Chunks of a micro-batch that have a reference, and references that are encoded, ``[2]``."""
+    if "references" not in batch:
+        return batch["context"].new_zeros(2)
+    encoded = batch["reference_lengths"] > 0
+    read = batch["chunk_references"] >= 0 if "chunk_references" in batch else encoded
+    return torch.stack([read.sum(), encoded.sum()])

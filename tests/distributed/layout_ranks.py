@@ -32,8 +32,9 @@ def make_batch(config: Config, step: int) -> dict[str, torch.Tensor]:
     if config.num_references == chunks:
         return batch | {"references": references, "reference_lengths": lengths}
     order = torch.rand(lengths.shape, generator=generator).argsort(-1)[:, : config.num_references]
+    places = torch.full((sequences, chunks), -1).scatter(1, order, torch.arange(config.num_references).expand_as(order))
     return batch | {"references": references.gather(1, order[..., None].expand(-1, -1, reference_length)),
-                    "reference_lengths": lengths.gather(1, order), "reference_chunks": order}
+                    "reference_lengths": lengths.gather(1, order), "chunk_references": places}
 
 
 def micro_batches(config: Config, data_rank: int, data_size: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -53,6 +54,7 @@ def run_layout(overrides: dict[str, str]) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from megatron_m3.model.weights_hash import weights_hash
+    from megatron_m3.training.schedule import gradient_in_references
     from megatron_m3.training.setup import build_machinery
     from megatron_m3.training.step import training_step
 
@@ -60,7 +62,8 @@ def run_layout(overrides: dict[str, str]) -> dict[str, Any]:
     machinery = build_machinery(config, platform, PREFIX)
     initial = weights_hash(machinery.models)
     batches = micro_batches(config, machinery.data_rank, machinery.data_size)
-    results = [training_step(machinery, batches, 1e-3) for _ in range(STEPS)]
+    results = [training_step(machinery, batches, 1e-3,
+                             reference_gradient=gradient_in_references(step, config.training)) for step in range(STEPS)]
     parallel_state.destroy_model_parallel()
     return {"initial": initial, "steps": [[result.loss, result.grad_norm, result.tokens] for result in results]}
 

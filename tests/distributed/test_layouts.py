@@ -22,6 +22,7 @@ OTHER = {"model.qkv_bias": "true", "model.qk_norm": "true", "model.rope_scaling"
 HEADS = {"memory.heads": "0:1;1:0"}
 """Of two tensor-parallel ranks the first has no memory head in layer 0, the second none in layer 1."""
 FROZEN = OTHER | {"training.frozen_layers": "1"}
+SPARED = OTHER | {"training.reference_gradient_every": "2"}
 DEEP = {"model.num_layers": "6"}
 """The references pass through the first three layers, so that two stages are planned to have 2 and 4."""
 
@@ -37,6 +38,7 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "frozen": FROZEN,
         "heads": HEADS,
         "deep": DEEP,
+        "spared": SPARED,
     },
     2: {
         "TP2": TENSOR,
@@ -61,12 +63,16 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "frozen DP2 distributed optimizer": FROZEN | SHARDED,
         "deep PP2 planned": DEEP | PIPELINE,
         "tied PP2 embedding alone": PIPELINE | {"parallel.split": "0,4", "model.tie_embeddings": "true"},
+        "spared TP2 sequence recompute": SPARED | SEQUENCE | RECOMPUTE,
+        "spared PP2": SPARED | PIPELINE,
+        "spared PP2 interleaved": SPARED | INTERLEAVED,
         "PP2 interleaved uneven": INTERLEAVED | {"parallel.split": "0,2,1,1"},
     },
     4: {
         "TP2xPP2": TENSOR | PIPELINE,
         "TP2xPP2 sequence": SEQUENCE | PIPELINE,
         "PP2xDP2 distributed optimizer": PIPELINE | SHARDED,
+        "spared TP2xPP2 sequence": SPARED | SEQUENCE | PIPELINE,
         "TP2xPP2 sequence interleaved": SEQUENCE | INTERLEAVED,
         "PP4": {"parallel.pipeline": "4"},
     },
@@ -86,7 +92,7 @@ def results(tmp_path_factory):
 
 def baseline(name: str) -> str:
     """The run on one process that a layout must equal."""
-    bases = ("warmup", "memory to the last layer", "tied", "other family", "frozen", "heads", "deep")
+    bases = ("warmup", "memory to the last layer", "tied", "other family", "frozen", "heads", "deep", "spared")
     return next((base for base in bases if name.startswith(base)), "alone")
 
 
@@ -112,3 +118,6 @@ def test_memories_and_stages_make_a_difference(results):
     assert results["tied"]["initial"] != results["alone"]["initial"]
     assert results["frozen"]["steps"][0][0] == results["other family"]["steps"][0][0]
     assert results["frozen"]["steps"][1][0] != results["other family"]["steps"][1][0]
+    # the second step is the first without a gradient through the references
+    assert results["spared"]["steps"][1][0] == results["other family"]["steps"][1][0]
+    assert results["spared"]["steps"][2][0] != results["other family"]["steps"][2][0]

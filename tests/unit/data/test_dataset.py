@@ -86,15 +86,15 @@ def test_each_chunk_gets_the_best_reference_that_does_not_leak(small, query_chun
                     ids, valid, _ = (array[row] for array in neighbours.rows(document))
                     expected = expected_choice(dataset, store, ids, valid, tokens)
                     dropped += valid.any() and expected != ids[valid.argmax()]
-            length = sequence["reference_lengths"][slot]
+            place = sequence["chunk_references"][slot]
             if expected is None:
                 missing += 1
-                assert length == 0
-                assert not sequence["references"][slot].any()
+                assert place == -1
             else:
                 found, lengths = store.tokens([expected])
-                assert length == lengths[0]
-                assert (sequence["references"][slot] == found[0]).all()
+                assert sequence["reference_ids"][place] == expected
+                assert sequence["reference_lengths"][place] == lengths[0]
+                assert (sequence["references"][place] == found[0]).all()
     assert missing or query_chunk == "own"
     assert bool(dropped) == (max_overlap < 1.0)
 
@@ -117,7 +117,7 @@ def test_warmup_has_no_references_and_needs_none(small):
 
 
 def test_names_are_those_of_the_arrays(dataset):
-    assert tuple(dataset[0]) == dataset.names
+    assert tuple(dataset[0]) == (*dataset.names, "reference_ids")
 
 
 @pytest.mark.parametrize("name", ["tokens", "references", "neighbours", "tokenizer"])
@@ -194,12 +194,10 @@ def test_fewer_references_than_chunks_are_those_of_the_first_chunks_that_have_on
     dropped = 0
     for index in range(0, len(every), 3):
         full, part = every[index], fewer[index]
-        chunks = np.flatnonzero(full["reference_lengths"])
-        dropped += len(chunks) > most
-        count = min(most, len(chunks))
+        places = full["chunk_references"]
+        dropped += places.max() >= most
         assert len(part["references"]) == len(part["reference_lengths"]) == most
-        assert part["reference_chunks"][:count].tolist() == chunks[:most].tolist()
-        assert (part["references"][:count] == full["references"][chunks[:most]]).all()
-        assert part["reference_lengths"].tolist() == [*full["reference_lengths"][chunks[:most]],
-                                                      *[0] * (most - count)]
+        assert part["chunk_references"].tolist() == np.where(places < most, places, -1).tolist()
+        for name in ("references", "reference_lengths", "reference_ids"):
+            assert (part[name] == full[name][:most]).all()
     assert dropped

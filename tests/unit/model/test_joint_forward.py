@@ -218,9 +218,10 @@ def test_references_without_a_place_for_every_chunk_are_read_as_with_one():
     expected = training_forward(model, batch, config, PREFIX)
     chunks = torch.tensor([[3, 1], [0, 2]])
     fewer = batch | {"references": batch["references"].gather(1, chunks[..., None].expand(-1, -1, 16)),
-                     "reference_lengths": batch["reference_lengths"].gather(1, chunks), "reference_chunks": chunks}
+                     "reference_lengths": batch["reference_lengths"].gather(1, chunks),
+                     "chunk_references": torch.tensor([[-1, 1, -1, 0], [2, -1, 3, -1]])}
     torch.testing.assert_close(training_forward(model, fewer, config, PREFIX), expected)
-    moved = fewer | {"reference_chunks": torch.tensor([[3, 0], [0, 2]])}
+    moved = fewer | {"chunk_references": torch.tensor([[1, -1, -1, 0], [2, -1, 3, -1]])}
     assert (training_forward(model, moved, config, PREFIX) - expected)[0].abs().max() > 1e-4
 
 

@@ -13,6 +13,7 @@ def test_step_line_says_all():
     assert step_line(RECORD) == (
         "step 25/100  25% | loss 3.1416 | grad norm 0.500 | rate 4.00e-04 | 12.3k tokens/s | MFU 31.2% | 1:02:05 left"
     )
+    assert "| rate 4.00e-04 | repeats 12% | 12.3k tokens/s |" in step_line(RECORD | {"repeats": 0.1234})
 
 
 @pytest.mark.parametrize(("number", "text"), [(0.5, "0.5"), (999.0, "999"), (1e3, "1k"), (4.56e6, "4.56M")])
