@@ -216,14 +216,14 @@ def check_weights(folder: Path, models: Sequence[Any]) -> str:
 
 
 def check_same_model(folder: Path, config: Config) -> None:
-    """Refuse a checkpoint of a model of another shape.
+    """Refuse a checkpoint of another model; how it began, and what computes its attention, may differ.
 
     Raises:
         ConfigError: names the first field that differs.
     """
     stored = read_checkpoint(folder).settings["config"]["model"]
     for name, value in to_dict(config.model).items():
-        if name != "init_std" and stored.get(name) != value:
+        if name not in ("init_std", "attention") and stored.get(name) != value:
             raise ConfigError(f"model.{name}={value}: the checkpoint {folder} has {stored.get(name)}; make them equal")
 
 
