@@ -138,10 +138,12 @@ class OurSide(Side):
 
         from megatron_m3.inference.reading import ReadingPlan
         from megatron_m3.model.rope import Rope
+        from megatron_m3.ops.choice import choose_backend
 
         shape, device = self.loaded.config.model, select().device
         tokens_BS = torch.tensor([list(tokens)], device=device)
-        plan = ReadingPlan(Rope.of(shape), torch.arange(len(tokens), device=device), backend=shape.attention)
+        plan = ReadingPlan(Rope.of(shape), torch.arange(len(tokens), device=device),
+                           backend=choose_backend(shape).name)
 
         def step(batches: object, stage: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             out = stage(tokens_BS, None, None, extra_block_kwargs={"attention_bias": plan}, runtime_gather_output=True)
