@@ -20,7 +20,9 @@ from megatron_m3.manifest import BlockFolder, clear_half_written
 from megatron_m3.manifest.claims import CLAIMS, Claims
 
 POLL_SECONDS = 0.2
-"""Between looks at what other processes have done."""
+"""Between looks at what other processes have done, at least."""
+LOOK_SHARE = 0.05
+"""Of the time that looking may take while workers work."""
 type Do = Callable[[int], None]
 """Writes one block."""
 
@@ -134,13 +136,15 @@ class Workers:
             yield from share(folder, num_blocks, do)
             return
         pending: set[Future[Any]] = {self.pool.submit(_work, folder, num_blocks, do) for _ in range(self.count)}
-        left = set(range(num_blocks))
+        left, pause = set(range(num_blocks)), POLL_SECONDS
         try:
             while pending:
-                finished, pending = wait(pending, timeout=POLL_SECONDS)
+                finished, pending = wait(pending, timeout=pause)
                 for one in finished:
                     one.result()
+                start = time.monotonic()
                 found = {index for index in left if folder.done(index)}
+                pause = max(POLL_SECONDS, (time.monotonic() - start) / LOOK_SHARE)
                 left -= found
                 yield from sorted(found) or [-1]
         except BrokenProcessPool:
