@@ -6,8 +6,6 @@ grows neither with the corpus nor with a file that cannot be divided. Rows and t
 
 import itertools
 import json
-import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +14,12 @@ import numpy as np
 
 from data_tools.documents import BATCH, SKIPPED, Corpus
 from data_tools.records import Document
-from data_tools.shared_work import Workers
+from data_tools.shared_work import STAGES, Workers
 from megatron_m3.errors import ArtifactError
 from megatron_m3.manifest import BlockFolder, atomic_path
 
 if TYPE_CHECKING:
     import pyarrow
-
-STAGES = "stages"
-"""Folder in the output of what a job needs until its end."""
 
 type Batches = Iterable[tuple[Document, ...]]
 type Make = Callable[[Batches], Iterable["pyarrow.RecordBatch"]]
@@ -71,8 +66,6 @@ class CorpusRows:
 
         if (self.output / "manifest.json").exists():
             raise ArtifactError(f"{self.output}: another process has finished it")
-        if multiprocessing.parent_process():  # workers of one machine, that are as many as should compute
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         part, rows, info = self.corpus.part(self.plan[index]), 0, dict[str, Any]()
         with self.folder.writing(index, info) as path:
             with path.open("wb") as sink, ipc.new_file(sink, self.schema) as writer:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.embeddings import Embeddings
-from data_tools.shared_work import Workers
+from data_tools.shared_work import STAGES, Workers, stages
 from megatron_m3.config import parse
-from megatron_m3.errors import ArtifactError, ConfigError, exit_on_user_error
+from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import (
     BlockFolder,
     Manifest,
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 5
 """Recall is measured on this many."""
-STAGES = "stages"
-"""Folder in the output while it is being made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +181,6 @@ def run(options: Options) -> None:
     """Do what is missing of the stages, then write the manifest; nothing is done when it is there already."""
     from data_tools.faiss_build import choose_factory
     from megatron_m3.references import ReferenceStore
-    from megatron_m3.retrieval.index import KIND, SCHEMA
 
     output, references = Path(options.output), ReferenceStore.open(options.references)
     embeddings = Embeddings(Path(options.embeddings), references.hash)
@@ -191,24 +188,22 @@ def run(options: Options) -> None:
     settings = {name: value for name, value in asdict(options).items() if name in ("recall", "sample", "queries")}
     settings["factory"] = options.factory or choose_factory(embeddings.count, embeddings.size)
 
-    def is_made() -> bool:
-        made = is_finished(output, KIND, SCHEMA, inputs, settings)
-        if made:  # whoever made it may have been killed before it cleared the stages
-            shutil.rmtree(output / STAGES, ignore_errors=True)
-        return made
-
-    if is_made():
+    if is_made(output, inputs, settings):
         print(f"{output}: made already")
         return
     announce(options, settings["factory"], embeddings)
-    try:
-        info = build(options, settings, inputs, embeddings)
-    except (ArtifactError, FileNotFoundError):
-        if not is_made():  # another job has ended the work and cleared the stages
-            raise
-        info = read_manifest(output, KIND, SCHEMA).info
-    report(options, settings["factory"], info)
+    report(options, settings["factory"], build(options, settings, inputs, embeddings))
     print(output)
+
+
+def is_made(output: Path, inputs: dict[str, str], settings: dict[str, Any]) -> bool:
+    """Whether the output is there; whoever made it may have been killed before it cleared the stages."""
+    from megatron_m3.retrieval.index import KIND, SCHEMA
+
+    made = is_finished(output, KIND, SCHEMA, inputs, settings)
+    if made:
+        shutil.rmtree(output / STAGES, ignore_errors=True)
+    return made
 
 
 def build(options: Options, settings: dict[str, Any], inputs: dict[str, str], embeddings: Embeddings) -> dict[str, Any]:
@@ -218,7 +213,7 @@ def build(options: Options, settings: dict[str, Any], inputs: dict[str, str], em
     output = Path(options.output)
     work = IndexBuild(options, settings["factory"], embeddings,
                       {"kind": KIND, "schema": SCHEMA, "inputs": inputs, "settings": settings})
-    with Workers(options.workers) as workers:
+    with stages(output / STAGES, lambda: is_made(output, inputs, settings)), Workers(options.workers) as workers:
         try:
             workers.run("index, training", work.trained, [work.num_trained_on()], "vectors", work.train)
         except ConfigError:
@@ -226,11 +221,11 @@ def build(options: Options, settings: dict[str, Any], inputs: dict[str, str], em
             raise
         workers.run("index, encoding", work.encoded, embeddings.sizes, "vectors", work.encode)
         workers.run("index, merging", work.output, [embeddings.count], "vectors", work.merge)
-    info = work.output.read_info(0)
-    files = {FILE: work.output.entry(0)} | info.pop("files")
-    write_manifest(output, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files=files, info=info))
-    shutil.rmtree(output / STAGES, ignore_errors=True)
-    return info
+        info = work.output.read_info(0)
+        files = {FILE: work.output.entry(0)} | info.pop("files")
+        write_manifest(output, Manifest(kind=KIND, schema=SCHEMA, inputs=inputs, settings=settings, files=files,
+                                        info=info))
+    return read_manifest(output, KIND, SCHEMA).info
 
 
 def announce(options: Options, factory: str, embeddings: Embeddings) -> None:

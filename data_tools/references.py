@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data_tools.corpus_rows import STAGES, Batches, CorpusRows, flat, token_rows
+from data_tools.corpus_rows import Batches, CorpusRows, flat, token_rows
 from data_tools.documents import Corpus, show_counts
-from data_tools.shared_work import Workers, stages
+from data_tools.shared_work import STAGES, Workers, stages
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, Manifest, is_finished, write_manifest

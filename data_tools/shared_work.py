@@ -23,6 +23,8 @@ POLL_SECONDS = 0.2
 """Between looks at what other processes have done, at least."""
 LOOK_SHARE = 0.05
 """Of the time that looking may take while workers work."""
+STAGES = "stages"
+"""Folder in the output of what a job needs until its end."""
 type Do = Callable[[int], None]
 """Writes one block."""
 
@@ -168,6 +170,7 @@ def take_gpu() -> None:
 def _begin(stop: Any, begun: Any) -> None:
     global _stop, _number
     os.environ["OMP_NUM_THREADS"] = "1"  # for what is imported from here on
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _stop = stop
     with begun.get_lock():
         _number = begun.value

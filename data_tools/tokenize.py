@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_tools.corpus_rows import STAGES, Batches, CorpusRows, flat, token_rows
+from data_tools.corpus_rows import Batches, CorpusRows, flat, token_rows
 from data_tools.documents import Corpus, show_counts
-from data_tools.shared_work import Workers, stages
+from data_tools.shared_work import STAGES, Workers, stages
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import (
