@@ -50,9 +50,10 @@ def _table(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     once = torch.arange(reference) + prefix
-    positions = torch.cat([once.repeat(count), trunk_positions(prefix, reference, context)]).to(device)
-    # one more axis for the batch
-    return Rope.of(model).table(positions[:, None], dtype)
+    with torch.inference_mode(False):  # what one pass keeps, a pass with gradients may use
+        positions = torch.cat([once.repeat(count), trunk_positions(prefix, reference, context)]).to(device)
+        # one more axis for the batch
+        return Rope.of(model).table(positions[:, None], dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

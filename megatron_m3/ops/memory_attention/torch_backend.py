@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megatron_m3.errors import UnsupportedError
+from megatron_m3.ops.memory_attention.reference import empty_is_zero
 
 aten = torch.ops.aten
 
@@ -173,6 +174,7 @@ def memory_attention(
     window = min(window, C)
     valid_BCMG = memory_valid_BCM[..., None] if memory_valid_BCM.dim() == 3 else memory_valid_BCM
     valid = _slide(valid_BCMG[..., None], window)[..., 0]
+    memory_key_BCMGD, memory_value_BCMGD = empty_is_zero(memory_key_BCMGD, memory_value_BCMGD, valid_BCMG)
     out_BHTD = _JointSoftmax.apply(
         query_BTHD.transpose(1, 2), _heads_first(key_BTGD, heads), _heads_first(value_BTGD, heads),
         _repeat_last(_slide(memory_key_BCMGD, window), chunks),

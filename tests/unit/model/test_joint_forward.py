@@ -237,6 +237,20 @@ def test_the_kept_tokens_of_a_step_stand_for_those_of_the_settings():
     assert not torch.equal(losses[0], seven)
 
 
+def test_a_pass_without_gradients_leaves_later_ones_as_they_are():
+    from megatron_m3.model.gpt import training_forward
+    from megatron_m3.model.layout import _table
+
+    config = tiny(training__stage="continual")
+    model, batch = build(config), random_batch(config, [[16, 0, 9, 2]])
+    _table.cache_clear()
+    with torch.inference_mode():
+        evaluated = training_forward(model, batch, config, PREFIX).mean()
+    trained = training_forward(model, batch, config, PREFIX).mean()
+    trained.backward()
+    assert float(evaluated) == float(trained)
+
+
 def test_gradients_flow_through_references():
     """Finite differences: tokens that stand only in references move the loss through the memories alone."""
     from megatron_m3.model.gpt import training_forward
