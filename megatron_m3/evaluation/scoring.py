@@ -81,7 +81,7 @@ def memories_of_lines(
         valid_BCR=torch.tensor([[[place < len(one) for place in range(most)]] for one in rows], device=device),
         layers={layer: place for place, layer in enumerate(config.memory_layers)},
         heads=local_kv_heads(config),
-        memory_heads=restricted_heads(config),
+        memory_heads=restricted_heads(config, device),
     )
 
 

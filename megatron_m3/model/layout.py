@@ -93,10 +93,11 @@ class JointLayout:
         memories = self.memories.get(layer)
         if head and layer in self.config.memory_layers:
             memories = self.choose(layer, query_SBHD[:head], key_SBGD[:head], *references[1:])
-        out_BTHD = self.attend_in_trunk(trunk, memories)
+        out_TBHD = self.attend_in_trunk(trunk, memories).transpose(0, 1)
         if not head or layer == last:
-            return out_BTHD.transpose(0, 1)
-        return torch.cat([self.attend_in_references(references, trunk), out_BTHD], 1).transpose(0, 1)
+            return out_TBHD
+        # put together sequence first, as the layer wants it, so that this is the only copy
+        return torch.cat([self.attend_in_references(references, trunk).transpose(0, 1), out_TBHD])
 
     def rotated(
         self, head: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor
@@ -134,8 +135,8 @@ class JointLayout:
         index_MKGD = indices_MGK.transpose(1, 2)[..., None].expand(-1, -1, -1, key_SBGD.shape[-1])
         kept_key, kept_value = (self._split(rows).gather(1, index_MKGD) for rows in (rotated_key_BSGD, value_BSGD))
         key, value, valid_BCK = self._by_chunk(kept_key, kept_value, valid_MK)
-        heads_G = local_memory_heads(self.config, layer)
-        return key, value, valid_BCK if heads_G is None else valid_BCK[..., None] & heads_G.to(valid_BCK.device)
+        heads_G = local_memory_heads(self.config, layer, valid_BCK.device)
+        return key, value, valid_BCK if heads_G is None else valid_BCK[..., None] & heads_G
 
     def _by_chunk(self, key_MKGD: Tensor, value_MKGD: Tensor, valid_MK: Tensor) -> Memories:
         """The memories in the order of the chunks, with empty ones for chunks that have none."""
