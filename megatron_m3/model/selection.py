@@ -32,7 +32,7 @@ def select_in_layer(
     memory = config.memory
     preferred_GT = None
     if memory.spread > 1:
-        preferred_GT = preferred_tokens(config, layer, *key_NTGD.shape[2:0:-1], key_NTGD.device)
+        preferred_GT = preferred_tokens(config, layer, key_NTGD.shape[2], key_NTGD.shape[1], key_NTGD.device)
     return select_tokens(query_NTHD, key_NTGD, lengths_N, num_kept, memory.selection, preferred_GT, value_NTGD,
                          choose_backend(config.model).name)
 
