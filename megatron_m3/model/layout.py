@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from megatron_m3.config import Config, ModelConfig
-from megatron_m3.model.rope import Rope, rotate
+from megatron_m3.model.rope import Rope
 from megatron_m3.model.selection import local_memory_heads, select_in_layer
 from megatron_m3.ops.choice import choose_backend
 from megatron_m3.ops.memory_attention import get_backend
+from megatron_m3.ops.rope import Table, rotate
 
 type Memories = tuple[Tensor, Tensor, Tensor]
 """Kept keys and values ``[B, C, K, G, D]`` of each chunk's reference, and which are read, ``[B, C, K]``.
@@ -36,7 +37,7 @@ def trunk_positions(prefix_length: int, reference_length: int, context_length: i
     return torch.cat([torch.arange(prefix_length), torch.arange(context_length) + start])
 
 
-def _rope_table(layout: "JointLayout", head: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _rope_table(layout: "JointLayout", head: int, device: torch.device, dtype: torch.dtype) -> Table:
     """Cosines and sines of every row, after ``head`` rows of references; the same in every layer, so kept."""
     length = layout.config.memory.reference_length
     return _table(
@@ -48,7 +49,7 @@ def _rope_table(layout: "JointLayout", head: int, device: torch.device, dtype: t
 def _table(
     model: ModelConfig, prefix: int, reference: int, context: int, count: int, device: torch.device,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> Table:
     once = torch.arange(reference) + prefix
     with torch.inference_mode(False):  # what one pass keeps, a pass with gradients may use
         positions = torch.cat([once.repeat(count), trunk_positions(prefix, reference, context)]).to(device)
@@ -104,7 +105,9 @@ class JointLayout:
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Queries, keys after RoPE and values of the first ``head`` rows, and of the others, batch first."""
         table = _rope_table(self, head, query_SBHD.device, query_SBHD.dtype)
-        whole = *(rotate(part, table).transpose(0, 1) for part in (query_SBHD, key_SBGD)), value_SBGD.transpose(0, 1)
+        backend = choose_backend(self.config.model).name
+        turned = (rotate(part, table, backend) for part in (query_SBHD, key_SBGD))
+        whole = [part.transpose(0, 1) for part in (*turned, value_SBGD)]
         return tuple(part[:, :head] for part in whole), tuple(part[:, head:] for part in whole)
 
     def attend_in_trunk(self, trunk: tuple[Tensor, ...], memories: Memories | None) -> Tensor:
