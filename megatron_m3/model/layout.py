@@ -107,7 +107,8 @@ class JointLayout:
         table = _rope_table(self, head, query_SBHD.device, query_SBHD.dtype)
         backend = choose_backend(self.config.model).name
         turned = (rotate(part, table, backend) for part in (query_SBHD, key_SBGD))
-        whole = [part.transpose(0, 1) for part in (*turned, value_SBGD)]
+        # values come as a view of the whole projection, which would be kept for the backward pass with them
+        whole = [part.transpose(0, 1) for part in (*turned, value_SBGD.contiguous())]
         return tuple(part[:, :head] for part in whole), tuple(part[:, head:] for part in whole)
 
     def attend_in_trunk(self, trunk: tuple[Tensor, ...], memories: Memories | None) -> Tensor:
