@@ -13,6 +13,8 @@ import psutil
 import pytest
 import requests
 
+from launch.m3 import main
+from megatron_m3.manifest.claims import CLAIMS, Claims
 from megatron_m3.model.checkpoint import list_checkpoints
 from tests.slurm_cluster import slurm_cluster, wait_until, why_not
 
@@ -21,7 +23,9 @@ pytestmark = [pytest.mark.alone, pytest.mark.skipif(bool(why_not()), reason=why_
 CHAIN = "slurm/chains/demo-small.yaml"
 STEPS = 16
 SIZES = {"nodes": 2, "train_entries": 1000, "other_entries": 0, "heldout": 4, "vocab_size": 512, "warmup_steps": 2,
-         "continual_steps": STEPS, "save_every": 100, "modes": "none explicit"}
+         "continual_steps": STEPS, "save_every": 100, "modes": "none explicit", "references_in_block": 128,
+         "documents_in_block": 16}
+SHARED = ("documents", "filtered", "unique", "tokens", "references", "embeddings", "index", "neighbours")
 LEAVES_AND_COMES_BACK = """\
 #!/usr/bin/env bash
 #SBATCH --time=1
@@ -98,15 +102,16 @@ def has_steps(folder, count):
     return path.exists() and len(path.read_text().splitlines()) >= count
 
 
-def training(chain, output):
-    """The words of the chain's continual stage, for another output."""
-    script = (chain / "slurm" / "continual.sbatch").read_text()
+def words_of(chain, step, output):
+    """The words of a step of the chain, for another output."""
+    script = (chain / "slurm" / f"{step}.sbatch").read_text()
     [line] = [line for line in script.splitlines() if line.startswith("set -- ")]
-    return line.removeprefix("set -- ").replace(f"{chain}/continual", str(output)).split()
+    return line.removeprefix("set -- ").replace(f"{chain}/{step}", str(output)).split()
 
 
 def digest(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file()}
 
 
 def process_of(module, under):
@@ -118,11 +123,12 @@ def process_of(module, under):
     return None
 
 
-def preempt(cluster, job):
-    """Give the nodes of ``job`` to another one that is more urgent; afterwards it begins again."""
+def preempt(cluster, *jobs):
+    """Give both nodes to another job that is more urgent; afterwards ``jobs`` begin again."""
     urgent = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true")
     cluster.wait_for(urgent, "COMPLETED")
-    cluster.begin_now(job)
+    for job in jobs:
+        cluster.begin_now(job)
 
 
 def test_what_brings_a_job_back_and_what_ends_it(cluster, tmp_path):
@@ -138,12 +144,16 @@ def test_what_brings_a_job_back_and_what_ends_it(cluster, tmp_path):
     assert log.count("saved") == 2
     assert "was preempted; back into the queue" in log
     assert "step failed with status 137, try 1 of 3; back into the queue" in log
+    job = cluster.submit("--output", tmp_path / "cancelled", tmp_path / "job.sh")
+    wait_until(lambda: cluster.log(job).count("ready") == 2, "no step")
+    cluster.run("scancel", job)
+    assert cluster.wait_for(job, "CANCELLED", "PENDING")["JobState"] == "CANCELLED"
 
 
 def test_a_chain_runs_once_over_two_nodes(cluster, chain):
     output, first, second = chain
-    assert [step["done"] for step in first.values()] == ["submitted"] * 11
-    assert [step["done"] for step in second.values()] == ["left alone"] * 11
+    assert [step["done"] for step in first.values()] == ["submitted"] * 14
+    assert [step["done"] for step in second.values()] == ["left alone"] * 14
     assert [step["job"] for step in second.values()] == [step["job"] for step in first.values()]
     third = m3(cluster, "submit", CHAIN, output, **SIZES)
     assert {step["done"] for step in third.values()} == {"finished"}
@@ -155,6 +165,45 @@ def test_a_chain_runs_once_over_two_nodes(cluster, chain):
     assert sorted(path.name for path in output.glob("scores_*")) == ["scores_explicit.jsonl", "scores_none.jsonl"]
 
 
+def test_jobs_that_share_a_step_make_what_one_process_makes(chain, tmp_path):
+    for step in SHARED:
+        assert len(list((chain[0] / "slurm").glob(f"{step}-*_[01].log"))) == 2
+        main(["data", *words_of(chain[0], step, tmp_path / step)])
+        assert digest(tmp_path / step) == digest(chain[0] / step), step
+    counts = json.loads((chain[0] / "filtered" / "counts.json").read_text())
+    assert 40 <= counts["documents"] < counts["came in"]
+
+
+def test_an_array_loses_elements_gets_them_back_and_makes_the_same(cluster, tmp_path):
+    """The test itself holds a piece of the work meanwhile, so that no element can be done before it is killed."""
+    lines = [json.dumps({"id": str(number), "text": f"text {number} of many words " * 30}) for number in range(5000)]
+    (tmp_path / "raw.jsonl").write_text("\n".join(lines))
+    shared, claims = tmp_path / "shared", tmp_path / "shared" / CLAIMS
+    words = ["collect", "--input", str(tmp_path / "raw.jsonl"), "--block-megabytes", "1", "--output"]
+    with Claims(claims) as held:
+        held.take("0")
+        job = cluster.submit("--array=0-2", "--output", tmp_path / "log-%a", "slurm/data.sbatch", *words, shared)
+        wait_until(lambda: len(list(claims.glob("*.alive"))) == 4, "not all elements work")
+        killed = process_of("launch.m3", job)  # of the element that bears the array's own number
+        last = killed.environ()["SLURM_ARRAY_TASK_ID"]
+        others = sorted({"0", "1", "2"} - {last})
+        killed.kill()
+        wait_until(lambda: sorted(one["Restarts"] for one in cluster.jobs(job)) == ["0", "0", "1"], "not one came back")
+        assert {cluster.wait_for(f"{job}_{one}", "RUNNING")["Restarts"] for one in others} == {"0"}
+        preempt(cluster, *(f"{job}_{one}" for one in others))
+    for one in others:
+        assert cluster.wait_for(f"{job}_{one}", "COMPLETED")["Restarts"] == "1"
+        assert "was preempted; back into the queue" in (tmp_path / f"log-{one}").read_text()
+    made = digest(shared)
+    cluster.begin_now(f"{job}_{last}")
+    cluster.wait_for(f"{job}_{last}", "COMPLETED")
+    log = (tmp_path / f"log-{last}").read_text()
+    assert "step failed with status 137, try 1 of 3; back into the queue" in log
+    assert "made already" in log
+    main(["data", *words, str(tmp_path / "alone")])
+    assert digest(tmp_path / "alone") == made == digest(shared)
+
+
 def test_a_job_whose_time_is_up_leaves_and_comes_back(cluster, chain, timed):
     cluster.begin_now(timed)
     assert cluster.wait_for(timed, "COMPLETED")["Restarts"] == "1"
@@ -164,7 +213,8 @@ def test_a_job_whose_time_is_up_leaves_and_comes_back(cluster, chain, timed):
 
 def test_a_preempted_training_goes_on_to_the_same_losses(cluster, chain, tmp_path):
     run = tmp_path / "run"
-    job = cluster.submit("--nodes=2", "--output", tmp_path / "log", "slurm/pretrain.sbatch", *training(chain[0], run))
+    words = words_of(chain[0], "continual", run)
+    job = cluster.submit("--nodes=2", "--output", tmp_path / "log", "slurm/pretrain.sbatch", *words)
     wait_until(lambda: has_steps(run, 1) or cluster.wait_for(job, "PENDING", "RUNNING") is None, "no step was taken")
     preempt(cluster, job)
     assert cluster.wait_for(job, "COMPLETED")["Restarts"] == "1"
@@ -177,7 +227,7 @@ def test_a_preempted_training_goes_on_to_the_same_losses(cluster, chain, tmp_pat
 
 def test_a_training_that_lost_a_node_goes_on_without_it(cluster, chain, tmp_path):
     run = tmp_path / "run"
-    words = [*training(chain[0], run), "--checkpoint.every", "2"]
+    words = [*words_of(chain[0], "continual", run), "--checkpoint.every", "2"]
     job = cluster.submit("--nodes=1-2", "--output", tmp_path / "log", "slurm/pretrain.sbatch", *words)
     wait_until(lambda: len(list_checkpoints(run)) >= 2 or not cluster.wait_for(job, "PENDING", "RUNNING"), "no save")
     try:
@@ -284,11 +334,24 @@ def test_a_server_tells_where_it_listens_and_ends_well_when_its_time_is_up(clust
     cluster.wait_for(again["job"], "CANCELLED")
 
 
-def test_nothing_is_left_of_the_cluster():
-    """A cluster of its own, since the others' still runs."""
+GPUS = """\
+#!/usr/bin/env bash
+set -euo pipefail
+source slurm/environment.sh
+srun "${M3_SRUN[@]}" bash -c 'echo "$M3_PROCESSES_PER_NODE processes, ${SLURM_GPUS_ON_NODE:-no} GPUs"'
+"""
+
+
+def test_steps_get_the_gpus_of_their_nodes_and_nothing_is_left_of_the_cluster(tmp_path):
+    """A cluster of its own, since the others' still runs; its GPUs are files."""
+    (tmp_path / "job.sh").write_text(GPUS)
     folder = Path(tempfile.mkdtemp(prefix="m3slurm_", dir="/tmp"))
-    with slurm_cluster(folder) as running:
+    with slurm_cluster(folder, gpus=2) as running:
         daemons = [process.pid for process in running.processes.values()]
+        for name, asked in (("whole", ["--exclusive"]), ("one", ["--gpus=1"])):
+            running.run("sbatch", "--wait", "--output", tmp_path / name, *asked, tmp_path / "job.sh")
+        assert (tmp_path / "whole").read_text() == "2 processes, 2 GPUs\n"
+        assert (tmp_path / "one").read_text() == "1 processes, 1 GPUs\n"
         job = running.submit("--output=/dev/null", "--wrap", "sleep 600")
         running.wait_for(job, "RUNNING")
     assert not [pid for pid in daemons if psutil.pid_exists(pid)]
