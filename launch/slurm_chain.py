@@ -110,6 +110,8 @@ def load_chain(path: Path, replaced: Sequence[str] = ()) -> Chain:
     raw = _read_yaml(path)
     free = {name: _mapping(raw.pop(name, {}), f"{path}: {name}") for name in ("variables", "slurm", "steps")}
     text = _from_dict(_ChainText, raw, f"{path}")
+    if not free["steps"]:
+        raise ConfigError(f"{path}: lacks steps")
     if not NAME.fullmatch(text.name):
         raise ConfigError(f"{path}: name={text.name}: use letters, digits, - and _")
     variables = _replace({"output": text.output} | free["variables"], replaced)
@@ -182,7 +184,7 @@ def _in_order(texts: Mapping[str, _StepText], path: Path) -> list[str]:
             raise ConfigError(f"{path}: steps.{name}: use letters, digits, - and _ in its name")
         for other in step.after:
             if other not in texts:
-                raise ConfigError(f"{path}: steps.{name}.after: no step {other}")
+                raise ConfigError(f"{path}: steps.{name}.after: no step {other}; known are {', '.join(texts)}")
     try:
         return list(graphlib.TopologicalSorter({name: step.after for name, step in texts.items()}).static_order())
     except graphlib.CycleError as error:

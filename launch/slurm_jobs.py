@@ -48,6 +48,12 @@ def run_slurm(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
 
 
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """What one of Slurm's commands said against its words, on one line, without its name and its advice."""
+    lines = [re.sub(r"^\w+: ((error|fatal): )?", "", line) for line in done.stderr.strip().splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if not line.startswith("Try "))) or "no answer"
+
+
 def ask_slurm(job_id: str) -> list[Job]:
     """The job, or the elements of the array, with this number; none where Slurm has forgotten it.
 
@@ -60,8 +66,7 @@ def ask_slurm(job_id: str) -> list[Job]:
     if done.returncode == 0:
         return [_read_job(line) for line in done.stdout.splitlines() if line.startswith("JobId=")]
     if "Invalid job id" not in done.stderr:
-        told = done.stderr.strip().splitlines() or ["no answer"]
-        raise M3Error(f"scontrol: {told[0]}; see whether the controller is up (scontrol ping), and try again")
+        raise M3Error(f"scontrol: {complaint(done)}; see whether the controller is up (scontrol ping), and try again")
     if shutil.which("sacct") is None:
         return []
     columns = "JobName,State,NodeList,Elapsed,ExitCode"
@@ -73,9 +78,10 @@ def ask_slurm(job_id: str) -> list[Job]:
 
 def _read_job(line: str) -> Job:
     fields = dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", line))
+    nodes = fields.get("NodeList", "").replace("(null)", "")
     return Job(name=fields["JobName"], state=fields["JobState"], reason=fields.get("Reason", "").replace("None", ""),
-               nodes=fields.get("NodeList", "").replace("(null)", ""), elapsed=fields.get("RunTime", ""),
-               exit_code=fields.get("ExitCode", ""), restarts=fields.get("Restarts", "0"))
+               nodes=nodes, elapsed=fields.get("RunTime", "") if nodes else "", exit_code=fields.get("ExitCode", ""),
+               restarts=fields.get("Restarts", "0"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,7 @@ def has_steps(folder, count):
 def words_of(chain, step, output):
     """The words of a step of the chain, for another output."""
     script = (chain / "slurm" / f"{step}.sbatch").read_text()
-    [line] = [line for line in script.splitlines() if line.startswith("set -- ")]
+    line = next(line for line in script.splitlines() if line.startswith("set -- "))
     return line.removeprefix("set -- ").replace(f"{chain}/{step}", str(output)).split()
 
 
@@ -279,6 +279,10 @@ steps:
 def test_a_failed_step_is_told_and_mended(cluster, tmp_path):
     (tmp_path / "chain.yaml").write_text(BROKEN)
     file, output = str(tmp_path / "chain.yaml"), tmp_path / "run"
+    (tmp_path / "other.yaml").write_text(f"{BROKEN}slurm: {{partition: nowhere}}\n")
+    submit = f"{sys.executable} -m launch.m3 slurm submit {tmp_path}/other.yaml --set output={output} 2>&1"
+    [told] = cluster.run("bash", "-c", submit, check=False).splitlines()
+    assert told.startswith("error: tokenizer: sbatch refuses it (invalid partition specified: nowhere;")
     first = m3(cluster, "submit", file, output)
     cluster.wait_for(first["tokenizer"]["job"], "FAILED")
     cluster.wait_for(first["tokens"]["job"], "CANCELLED")

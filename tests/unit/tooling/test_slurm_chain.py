@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from launch.slurm_chain import ROOT, SCRIPTS, load_chain, render
-from launch.slurm_jobs import Job, Submitted, joint_state, read_state, write_state
+from launch.slurm_jobs import Job, Submitted, complaint, joint_state, read_state, write_state
 from launch.slurm_status import explain, last_line
 from launch.slurm_submit import main
-from megatron_m3.errors import ArtifactError, ConfigError
+from megatron_m3.errors import ArtifactError, ConfigError, UnsupportedError
 
 CHAIN = """\
 name: small
@@ -113,6 +113,22 @@ def test_unknown_variables_and_files_are_refused(path: Path, tmp_path: Path) -> 
         load_chain(path, ("cuont=8",))
     with pytest.raises(ConfigError, match="No such file"):
         load_chain(tmp_path / "other.yaml")
+
+
+def test_without_steps_or_slurm_nothing_is_written(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="lacks steps"):
+        load_chain(write(tmp_path, "name: a\noutput: b\n"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnsupportedError, match="sbatch: not found; run this on a machine from which"):
+        main([str(write(tmp_path, CHAIN.format(first=FIRST))), "--set", f"output={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_slurm_says_against_a_job_becomes_one_line() -> None:
+    said = "sbatch: error: no partition: x\nsbatch: error: Batch job submission failed\nTry \"sbatch --help\" for more"
+    done = subprocess.CompletedProcess([], 1, "", said)
+    assert complaint(done) == "no partition: x; Batch job submission failed"
+    assert complaint(subprocess.CompletedProcess([], 1, "", "")) == "no answer"
 
 
 def test_a_dry_run_shows_the_scripts_and_writes_nothing(path: Path, tmp_path: Path,
