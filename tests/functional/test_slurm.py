@@ -16,6 +16,7 @@ import requests
 from launch.m3 import main
 from megatron_m3.manifest.claims import CLAIMS, Claims
 from megatron_m3.model.checkpoint import list_checkpoints
+from tests.launcher import ROOT
 from tests.slurm_cluster import slurm_cluster, wait_until, why_not
 
 pytestmark = [pytest.mark.alone, pytest.mark.skipif(bool(why_not()), reason=why_not())]
@@ -82,14 +83,18 @@ def timed(cluster, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chain(cluster, timed, tmp_path_factory):
-    """Output of the chain of the whole small pipeline, and what was said when it was submitted twice."""
+    """Output of the chain of the whole small pipeline, what was said when it was submitted twice, and in its midst."""
     output = tmp_path_factory.mktemp("chain") / "run"
     first = m3(cluster, "submit", CHAIN, output, **SIZES)
     second = m3(cluster, "submit", CHAIN, output, **SIZES)
     cluster.wait_for(timed, "PENDING", "RUNNING")
+    wait_until(lambda: has_steps(output / "continual", 1), "no step was taken")
+    cluster.run("scontrol", "suspend", first["continual"]["job"])
+    status = m3(cluster, "status", CHAIN, output, **SIZES)
+    cluster.run("scontrol", "resume", first["continual"]["job"])
     for step in first.values():
         cluster.wait_for(step["job"], "COMPLETED")
-    return output, first, second
+    return output, first, second, status
 
 
 def curve(folder):
@@ -151,10 +156,15 @@ def test_what_brings_a_job_back_and_what_ends_it(cluster, tmp_path):
 
 
 def test_a_chain_runs_once_over_two_nodes(cluster, chain):
-    output, first, second = chain
+    output, first, second, status = chain
     assert [step["done"] for step in first.values()] == ["submitted"] * 14
     assert [step["done"] for step in second.values()] == ["left alone"] * 14
     assert [step["job"] for step in second.values()] == [step["job"] for step in first.values()]
+    training, waiting = status["continual"], status["bank"]
+    assert training["state"] == "suspended"
+    assert training["line"].startswith("step ")
+    assert training["tokens_per_second"] > 0
+    assert (waiting["state"], waiting["why"]) == ("pending", "waits for the steps before it")
     third = m3(cluster, "submit", CHAIN, output, **SIZES)
     assert {step["done"] for step in third.values()} == {"finished"}
     assert {one["state"] for one in m3(cluster, "status", CHAIN, output, **SIZES).values()} == {"finished"}
@@ -202,6 +212,12 @@ def test_an_array_loses_elements_gets_them_back_and_makes_the_same(cluster, tmp_
     assert "made already" in log
     main(["data", *words, str(tmp_path / "alone")])
     assert digest(tmp_path / "alone") == made == digest(shared)
+
+
+def test_a_job_converts_a_checkpoint(cluster, chain, tmp_path):
+    words = ["to-hf", chain[0] / "continual", tmp_path / "model"]
+    cluster.run("sbatch", "--wait", "--output", tmp_path / "log", "slurm/convert.sbatch", *words)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_a_job_whose_time_is_up_leaves_and_comes_back(cluster, chain, timed):
@@ -341,6 +357,8 @@ def test_a_server_tells_where_it_listens_and_ends_well_when_its_time_is_up(clust
 GPUS = """\
 #!/usr/bin/env bash
 set -euo pipefail
+M3_CONTAINER=image.sqsh source slurm/environment.sh
+echo "${M3_SRUN[@]}"
 source slurm/environment.sh
 srun "${M3_SRUN[@]}" bash -c 'echo "$M3_PROCESSES_PER_NODE processes, ${SLURM_GPUS_ON_NODE:-no} GPUs"'
 """
@@ -352,10 +370,11 @@ def test_steps_get_the_gpus_of_their_nodes_and_nothing_is_left_of_the_cluster(tm
     folder = Path(tempfile.mkdtemp(prefix="m3slurm_", dir="/tmp"))
     with slurm_cluster(folder, gpus=2) as running:
         daemons = [process.pid for process in running.processes.values()]
-        for name, asked in (("whole", ["--exclusive"]), ("one", ["--gpus=1"])):
-            running.run("sbatch", "--wait", "--output", tmp_path / name, *asked, tmp_path / "job.sh")
-        assert (tmp_path / "whole").read_text() == "2 processes, 2 GPUs\n"
-        assert (tmp_path / "one").read_text() == "1 processes, 1 GPUs\n"
+        for name, asked, gpus in (("whole", "--exclusive", 2), ("one", "--gpus=1", 1)):
+            running.run("sbatch", "--wait", "--output", tmp_path / name, asked, tmp_path / "job.sh")
+            words, line = (tmp_path / name).read_text().splitlines()
+            assert words.startswith(f"--container-image=image.sqsh --container-mounts={ROOT}:{ROOT} --container-work")
+            assert line == f"{gpus} processes, {gpus} GPUs"
         job = running.submit("--output=/dev/null", "--wrap", "sleep 600")
         running.wait_for(job, "RUNNING")
     assert not [pid for pid in daemons if psutil.pid_exists(pid)]
