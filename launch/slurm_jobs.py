@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -40,12 +41,15 @@ class Job:
 def run_slurm(*command: str) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands from the repository's root.
 
+    An array's variables are kept from it: sbatch would hand them on to jobs that are no elements of it.
+
     Raises:
         UnsupportedError: there is no such command here.
     """
     if shutil.which(command[0]) is None:
         raise UnsupportedError(f"{command[0]}: not found; run this on a machine from which Slurm jobs are submitted")
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_ARRAY_")}
+    return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
 
 
 def complaint(done: subprocess.CompletedProcess[str]) -> str:

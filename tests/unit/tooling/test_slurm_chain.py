@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.slurm_chain import ROOT, SCRIPTS, load_chain, render
-from launch.slurm_jobs import Job, Submitted, complaint, joint_state, read_state, write_state
+from launch.slurm_jobs import Job, Submitted, complaint, joint_state, read_state, run_slurm, write_state
 from launch.slurm_status import explain, last_line
 from launch.slurm_submit import main
 from megatron_m3.errors import ArtifactError, ConfigError, UnsupportedError
@@ -122,6 +122,14 @@ def test_without_steps_or_slurm_nothing_is_written(path: Path, tmp_path: Path, m
     with pytest.raises(UnsupportedError, match="sbatch: not found; run this on a machine from which"):
         main([str(write(tmp_path, CHAIN.format(first=FIRST))), "--set", f"output={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
+
+
+def test_jobs_submitted_from_an_element_of_an_array_are_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "main")
+    handed_on = run_slurm("env").stdout.splitlines()
+    assert "SLURM_JOB_PARTITION=main" in handed_on
+    assert not [line for line in handed_on if line.startswith("SLURM_ARRAY_")]
 
 
 def test_what_slurm_says_against_a_job_becomes_one_line() -> None:
