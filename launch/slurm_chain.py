@@ -12,8 +12,8 @@
                                     # server, which is never finished, and is started anew when it has ended
         after: [tokenizer]
         slurm: {time: 30}           # sbatch options of this job
-        array: news books           # one element for each word, which stands for @ in run and makes; where there is
-                                    # no @ they are alike, and share the blocks of a data step
+        array: news books           # one element for each word, which is {element} in run and makes; where run does
+                                    # not say it they are alike, and share the blocks of a data step
 """
 
 import dataclasses
@@ -34,6 +34,8 @@ SCRIPTS = ROOT / "slurm"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 OWN_OPTIONS = ("job-name", "output", "array", "dependency", "chdir", "parsable", "wait", "kill-on-invalid-dep")
 """sbatch options that a chain sets itself."""
+ELEMENT = "element"
+"""Variable of a step with an array; slurm/one_process.sh replaces it when the element runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +110,15 @@ def load_chain(path: Path, replaced: Sequence[str] = ()) -> Chain:
     raw = _read_yaml(path)
     free = {name: _mapping(raw.pop(name, {}), f"{path}: {name}") for name in ("variables", "slurm", "steps")}
     text = _from_dict(_ChainText, raw, f"{path}")
+    if not free["steps"]:
+        raise ConfigError(f"{path}: lacks steps")
     if not NAME.fullmatch(text.name):
         raise ConfigError(f"{path}: name={text.name}: use letters, digits, - and _")
     variables = _replace({"output": text.output} | free["variables"], replaced)
     output = Path(str(variables["output"])).expanduser().absolute()
     variables["output"] = str(output)
+    if ELEMENT in variables:
+        raise ConfigError(f"{path}: variables.{ELEMENT}: is the word of an array's element; take another name")
     raw_steps = {name: _mapping(step, f"{path}: steps.{name}") for name, step in free["steps"].items()}
     options = {name: free["slurm"] | _mapping(step.pop("slurm", {}), f"{path}: steps.{name}.slurm")
                for name, step in raw_steps.items()}
@@ -178,7 +184,7 @@ def _in_order(texts: Mapping[str, _StepText], path: Path) -> list[str]:
             raise ConfigError(f"{path}: steps.{name}: use letters, digits, - and _ in its name")
         for other in step.after:
             if other not in texts:
-                raise ConfigError(f"{path}: steps.{name}.after: no step {other}")
+                raise ConfigError(f"{path}: steps.{name}.after: no step {other}; known are {', '.join(texts)}")
     try:
         return list(graphlib.TopologicalSorter({name: step.after for name, step in texts.items()}).static_order())
     except graphlib.CycleError as error:
@@ -199,12 +205,13 @@ def _make_step(where: str, chain: str, name: str, text: _StepText, options: dict
     own: dict[str, Any] = {"job-name": f"{chain}.{name}", "output": str(log)}
     if array:
         own["array"] = f"0-{len(array) - 1}"
+    placeholder = {ELEMENT: f"{{{ELEMENT}}}"} if array else {}
     try:
-        words = shlex.split(_fill(text.run, variables, f"{where}.run"))
+        words = shlex.split(_fill(text.run, variables | placeholder, f"{where}.run"))
     except ValueError as error:
         raise ConfigError(f"{where}.run: {error}") from None
-    makes = _fill(text.makes, variables, f"{where}.makes")
-    made = [makes.replace("@", word) for word in array] or [makes]
+    each = [variables | {ELEMENT: word} for word in array] or [variables]
+    made = dict.fromkeys(_fill(text.makes, one, f"{where}.makes") for one in each)
     script = render(base.read_text(), options | own, words, array)
     digest = hashlib.sha256("\0".join([script, *(step.hash for step in before)]).encode()).hexdigest()
     return Step(name=name, script=script, after=text.after, log=log, hash=digest,

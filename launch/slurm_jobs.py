@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -40,12 +41,21 @@ class Job:
 def run_slurm(*command: str) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands from the repository's root.
 
+    An array's variables are kept from it: sbatch would hand them on to jobs that are no elements of it.
+
     Raises:
         UnsupportedError: there is no such command here.
     """
     if shutil.which(command[0]) is None:
         raise UnsupportedError(f"{command[0]}: not found; run this on a machine from which Slurm jobs are submitted")
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_ARRAY_")}
+    return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
+
+
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """What one of Slurm's commands said against its words, on one line, without its name and its advice."""
+    lines = [re.sub(r"^\w+: ((error|fatal): )?", "", line) for line in done.stderr.strip().splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if not line.startswith("Try "))) or "no answer"
 
 
 def ask_slurm(job_id: str) -> list[Job]:
@@ -60,8 +70,7 @@ def ask_slurm(job_id: str) -> list[Job]:
     if done.returncode == 0:
         return [_read_job(line) for line in done.stdout.splitlines() if line.startswith("JobId=")]
     if "Invalid job id" not in done.stderr:
-        told = done.stderr.strip().splitlines() or ["no answer"]
-        raise M3Error(f"scontrol: {told[0]}; see whether the controller is up (scontrol ping), and try again")
+        raise M3Error(f"scontrol: {complaint(done)}; see whether the controller is up (scontrol ping), and try again")
     if shutil.which("sacct") is None:
         return []
     columns = "JobName,State,NodeList,Elapsed,ExitCode"
@@ -73,9 +82,10 @@ def ask_slurm(job_id: str) -> list[Job]:
 
 def _read_job(line: str) -> Job:
     fields = dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", line))
+    nodes = fields.get("NodeList", "").replace("(null)", "")
     return Job(name=fields["JobName"], state=fields["JobState"], reason=fields.get("Reason", "").replace("None", ""),
-               nodes=fields.get("NodeList", "").replace("(null)", ""), elapsed=fields.get("RunTime", ""),
-               exit_code=fields.get("ExitCode", ""), restarts=fields.get("Restarts", "0"))
+               nodes=nodes, elapsed=fields.get("RunTime", "") if nodes else "", exit_code=fields.get("ExitCode", ""),
+               restarts=fields.get("Restarts", "0"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,11 @@ REASONS = {
     "BeginTime": "back in the queue, and begins after a pause",
     "ReqNodeNotAvail": "nodes that it needs are down or reserved",
     "PartitionConfig": "asks for more than the partition has",
+    "PartitionNodeLimit": "asks for more nodes than the partition allows",
+    "PartitionTimeLimit": "asks for more time than the partition allows",
+    "JobHeldUser": "held; scontrol release lets it go",
+    "JobHeldAdmin": "held by an administrator",
+    "OutOfMemory": "took more memory than it asked for",
     "NonZeroExitCode": "its script failed",
     "TimeLimit": "its time was up",
     "NodeDown": "a node died",
@@ -77,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for one in standings:
         facts = [f"job {one.job}" * bool(one.job), one.nodes and f"on {one.nodes}", one.elapsed, one.why,
                  f"back in the queue {one.restarts} times" * bool(one.restarts)]
-        print(f"{one.step:<{width}}  {one.state:<13} {', '.join(filter(None, facts))}".rstrip())
+        print(f"{one.step:<{width}}  {one.state:<15}{', '.join(filter(None, facts))}".rstrip())
         if one.line:
             print(f"{'':<{width}}    {one.line}")
     ended = sum(one.state == "finished" for one in standings)
@@ -102,9 +107,10 @@ def stand(chain: Chain, step: Step, submitted: Submitted | None) -> Standing:
         return Standing(step=step.name, state="failed", job=submitted.job, why=f"{why}, but {missing} is not whole",
                         line=last_line(step, submitted, is_failed=True), log=str(step.log))
     job = next(one for one in jobs if one.state == state)
+    reasons = [explain(job), "submitted with other settings" * (submitted.hash != step.hash)]
     metrics = last_metrics(step)
     return Standing(
-        step=step.name, state=state.lower(), job=submitted.job, why=explain(job), nodes=job.nodes,
+        step=step.name, state=state.lower(), job=submitted.job, why=", ".join(filter(None, reasons)), nodes=job.nodes,
         elapsed=job.elapsed if job.state not in WAITING else "", restarts=int(job.restarts),
         line="" if job.state in WAITING and job.restarts == "0" else last_line(step, submitted, is_failed=not active),
         tokens_per_second=metrics["tokens_per_second"] if metrics else None, log=str(step.log),

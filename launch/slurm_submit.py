@@ -3,8 +3,8 @@
 What is finished is not done again, what waits or runs is left alone: the same command goes on with a chain that
 stopped. The scripts, logs and numbers of the jobs lie in the folder slurm of the chain's output.
 
-    m3 slurm submit slurm/chains/wordnet.yaml --dry-run          the scripts, and nothing else
-    m3 slurm submit slurm/chains/wordnet.yaml --set train_entries=3000,warmup_steps=20
+    m3 slurm submit slurm/chains/demo-small.yaml --dry-run          the scripts, and nothing else
+    m3 slurm submit slurm/chains/demo-small.yaml --set train_entries=3000,warmup_steps=20
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ckpt_convert.words import parse_words
 from launch.slurm_chain import ROOT, Chain, Step, load_chain
-from launch.slurm_jobs import Submitted, alone, jobs_of, read_state, run_slurm, write_state
+from launch.slurm_jobs import Submitted, alone, complaint, jobs_of, read_state, run_slurm, write_state
 from megatron_m3.errors import M3Error, exit_on_user_error
 from megatron_m3.manifest import atomic_path
 
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.dry_run:
         print("\n".join(f"# ---- {step.name}{_after(step)}\n{step.script}" for step in chain.steps))
         return
+    run_slurm("sbatch", "--version")
     with alone(chain):
         outcomes = submit(chain)
     if options.json:
@@ -102,8 +103,8 @@ def _submit_step(chain: Chain, step: Step, after: Sequence[str]) -> str:
     waits = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
     done = run_slurm("sbatch", "--parsable", f"--chdir={ROOT}", *waits, str(path))
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["sbatch failed"]
-        raise M3Error(f"{step.name}: {lines[-1].removeprefix('sbatch: error: ')}; the script is {path}")
+        raise M3Error(f"{step.name}: sbatch refuses it ({complaint(done)}); mend the step's slurm options, or SBATCH_ "
+                      f"variables; the script is {path}")
     return done.stdout.strip().split(";")[0]
 
 

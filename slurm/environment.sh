@@ -19,9 +19,11 @@ fi
 # MPI of the bank's ranks; pmi2 serves the mpich of requirements.txt.
 M3_MPI="${M3_MPI:-pmi2}"
 
-# Processes on each node: its GPUs, or one without any.
+# Processes on each node: its GPUs, or one without any. A step gets all GPUs that the job has on a node; by itself Slurm
+# would give it none of those that came with a whole node, unasked.
 gpus="${SLURM_GPUS_ON_NODE:-$(command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 0)}"
 export M3_PROCESSES_PER_NODE="${M3_PROCESSES_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
+[ "${SLURM_GPUS_ON_NODE:-0}" -eq 0 ] || M3_SRUN+=(--gpus-per-node="$SLURM_GPUS_ON_NODE")
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 
 # Tensor and sequence parallelism overlap rightly only with one queue (GPUs before Blackwell).

@@ -54,6 +54,7 @@ InactiveLimit=0
 MessageTimeout=20
 SlurmdTimeout=120
 MailProg=/bin/true
+GresTypes=gpu
 {nodes}
 PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=60 MaxTime=60 OverSubscribe=NO
 PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF MaxTime=60
@@ -143,12 +144,17 @@ class Cluster:
                 process.wait()
 
 
-def write_configuration(folder: Path, munge: Path) -> None:
-    """slurm.conf with free ports; two nodes of two processors each."""
+def write_configuration(folder: Path, munge: Path, gpus: int) -> None:
+    """slurm.conf with free ports; two nodes of two processors each, and of so many files that stand for GPUs."""
     host = socket.gethostname().split(".")[0]
+    devices = [folder / f"gpu{number}" for number in range(gpus)]
+    for path in devices:
+        path.touch()
+    if devices:
+        (folder / "gres.conf").write_text("".join(f"Name=gpu File={path}\n" for path in devices))
     nodes = "\n".join(
-        f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 State=UNKNOWN"
-        for number in (1, 2)
+        f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 Gres=gpu:{gpus} "
+        "State=UNKNOWN" for number in (1, 2)
     )
     text = CONF.format(host=host, folder=folder, munge=munge, ctld_port=free_port(), slurmd_port=free_port(),
                        nodes=nodes)
@@ -164,13 +170,13 @@ def wait_until(condition, what: str, deadline: float = DEADLINE, interval: float
 
 
 @contextmanager
-def slurm_cluster(folder: Path) -> Iterator[Cluster]:
+def slurm_cluster(folder: Path, gpus: int = 0) -> Iterator[Cluster]:
     """A Slurm in ``folder`` for the length of a block; nothing of it is left afterwards."""
     munge, key = folder / "munge.socket", folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     (folder / "state").mkdir()
-    write_configuration(folder, munge)
+    write_configuration(folder, munge, gpus)
     cluster = Cluster(folder)
     try:
         cluster.start("munged", "munged", "--foreground", "--force", f"--socket={munge}", f"--key-file={key}",

@@ -13,7 +13,10 @@ import psutil
 import pytest
 import requests
 
+from launch.m3 import main
+from megatron_m3.manifest.claims import CLAIMS, Claims
 from megatron_m3.model.checkpoint import list_checkpoints
+from tests.launcher import ROOT
 from tests.slurm_cluster import slurm_cluster, wait_until, why_not
 
 pytestmark = [pytest.mark.alone, pytest.mark.skipif(bool(why_not()), reason=why_not())]
@@ -21,7 +24,9 @@ pytestmark = [pytest.mark.alone, pytest.mark.skipif(bool(why_not()), reason=why_
 CHAIN = "slurm/chains/demo-small.yaml"
 STEPS = 16
 SIZES = {"nodes": 2, "train_entries": 1000, "other_entries": 0, "heldout": 4, "vocab_size": 512, "warmup_steps": 2,
-         "continual_steps": STEPS, "save_every": 100, "modes": "none explicit"}
+         "continual_steps": STEPS, "save_every": 100, "modes": "none explicit", "references_in_block": 128,
+         "documents_in_block": 16}
+SHARED = ("documents", "filtered", "unique", "tokens", "references", "embeddings", "index", "neighbours")
 LEAVES_AND_COMES_BACK = """\
 #!/usr/bin/env bash
 #SBATCH --time=1
@@ -78,14 +83,18 @@ def timed(cluster, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chain(cluster, timed, tmp_path_factory):
-    """Output of the chain of the whole small pipeline, and what was said when it was submitted twice."""
+    """Output of the chain of the whole small pipeline, what was said when it was submitted twice, and in its midst."""
     output = tmp_path_factory.mktemp("chain") / "run"
     first = m3(cluster, "submit", CHAIN, output, **SIZES)
     second = m3(cluster, "submit", CHAIN, output, **SIZES)
     cluster.wait_for(timed, "PENDING", "RUNNING")
+    wait_until(lambda: has_steps(output / "continual", 1), "no step was taken")
+    cluster.run("scontrol", "suspend", first["continual"]["job"])
+    status = m3(cluster, "status", CHAIN, output, **SIZES)
+    cluster.run("scontrol", "resume", first["continual"]["job"])
     for step in first.values():
         cluster.wait_for(step["job"], "COMPLETED")
-    return output, first, second
+    return output, first, second, status
 
 
 def curve(folder):
@@ -98,15 +107,16 @@ def has_steps(folder, count):
     return path.exists() and len(path.read_text().splitlines()) >= count
 
 
-def training(chain, output):
-    """The words of the chain's continual stage, for another output."""
-    script = (chain / "slurm" / "continual.sbatch").read_text()
-    [line] = [line for line in script.splitlines() if line.startswith("set -- ")]
-    return line.removeprefix("set -- ").replace(f"{chain}/continual", str(output)).split()
+def words_of(chain, step, output):
+    """The words of a step of the chain, for another output."""
+    script = (chain / "slurm" / f"{step}.sbatch").read_text()
+    line = next(line for line in script.splitlines() if line.startswith("set -- "))
+    return line.removeprefix("set -- ").replace(f"{chain}/{step}", str(output)).split()
 
 
 def digest(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file()}
 
 
 def process_of(module, under):
@@ -118,11 +128,12 @@ def process_of(module, under):
     return None
 
 
-def preempt(cluster, job):
-    """Give the nodes of ``job`` to another one that is more urgent; afterwards it begins again."""
+def preempt(cluster, *jobs):
+    """Give both nodes to another job that is more urgent; afterwards ``jobs`` begin again."""
     urgent = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true")
     cluster.wait_for(urgent, "COMPLETED")
-    cluster.begin_now(job)
+    for job in jobs:
+        cluster.begin_now(job)
 
 
 def test_what_brings_a_job_back_and_what_ends_it(cluster, tmp_path):
@@ -138,13 +149,22 @@ def test_what_brings_a_job_back_and_what_ends_it(cluster, tmp_path):
     assert log.count("saved") == 2
     assert "was preempted; back into the queue" in log
     assert "step failed with status 137, try 1 of 3; back into the queue" in log
+    job = cluster.submit("--output", tmp_path / "cancelled", tmp_path / "job.sh")
+    wait_until(lambda: cluster.log(job).count("ready") == 2, "no step")
+    cluster.run("scancel", job)
+    assert cluster.wait_for(job, "CANCELLED", "PENDING")["JobState"] == "CANCELLED"
 
 
 def test_a_chain_runs_once_over_two_nodes(cluster, chain):
-    output, first, second = chain
-    assert [step["done"] for step in first.values()] == ["submitted"] * 11
-    assert [step["done"] for step in second.values()] == ["left alone"] * 11
+    output, first, second, status = chain
+    assert [step["done"] for step in first.values()] == ["submitted"] * 14
+    assert [step["done"] for step in second.values()] == ["left alone"] * 14
     assert [step["job"] for step in second.values()] == [step["job"] for step in first.values()]
+    training, waiting = status["continual"], status["bank"]
+    assert training["state"] == "suspended"
+    assert training["line"].startswith("step ")
+    assert training["tokens_per_second"] > 0
+    assert (waiting["state"], waiting["why"]) == ("pending", "waits for the steps before it")
     third = m3(cluster, "submit", CHAIN, output, **SIZES)
     assert {step["done"] for step in third.values()} == {"finished"}
     assert {one["state"] for one in m3(cluster, "status", CHAIN, output, **SIZES).values()} == {"finished"}
@@ -153,6 +173,51 @@ def test_a_chain_runs_once_over_two_nodes(cluster, chain):
     assert "CPU x 2 (gloo): tensor 1 x pipeline 1 x data 2" in log
     assert len(curve(output / "continual")) == STEPS
     assert sorted(path.name for path in output.glob("scores_*")) == ["scores_explicit.jsonl", "scores_none.jsonl"]
+
+
+def test_jobs_that_share_a_step_make_what_one_process_makes(chain, tmp_path):
+    for step in SHARED:
+        assert len(list((chain[0] / "slurm").glob(f"{step}-*_[01].log"))) == 2
+        main(["data", *words_of(chain[0], step, tmp_path / step)])
+        assert digest(tmp_path / step) == digest(chain[0] / step), step
+    counts = json.loads((chain[0] / "filtered" / "counts.json").read_text())
+    assert 40 <= counts["documents"] < counts["came in"]
+
+
+def test_an_array_loses_elements_gets_them_back_and_makes_the_same(cluster, tmp_path):
+    """The test itself holds a piece of the work meanwhile, so that no element can be done before it is killed."""
+    lines = [json.dumps({"id": str(number), "text": f"text {number} of many words " * 30}) for number in range(5000)]
+    (tmp_path / "raw.jsonl").write_text("\n".join(lines))
+    shared, claims = tmp_path / "shared", tmp_path / "shared" / CLAIMS
+    words = ["collect", "--input", str(tmp_path / "raw.jsonl"), "--block-megabytes", "1", "--output"]
+    with Claims(claims) as held:
+        held.take("0")
+        job = cluster.submit("--array=0-2", "--output", tmp_path / "log-%a", "slurm/data.sbatch", *words, shared)
+        wait_until(lambda: len(list(claims.glob("*.alive"))) == 4, "not all elements work")
+        killed = process_of("launch.m3", job)  # of the element that bears the array's own number
+        last = killed.environ()["SLURM_ARRAY_TASK_ID"]
+        others = sorted({"0", "1", "2"} - {last})
+        killed.kill()
+        wait_until(lambda: sorted(one["Restarts"] for one in cluster.jobs(job)) == ["0", "0", "1"], "not one came back")
+        assert {cluster.wait_for(f"{job}_{one}", "RUNNING")["Restarts"] for one in others} == {"0"}
+        preempt(cluster, *(f"{job}_{one}" for one in others))
+    for one in others:
+        assert cluster.wait_for(f"{job}_{one}", "COMPLETED")["Restarts"] == "1"
+        assert "was preempted; back into the queue" in (tmp_path / f"log-{one}").read_text()
+    made = digest(shared)
+    cluster.begin_now(f"{job}_{last}")
+    cluster.wait_for(f"{job}_{last}", "COMPLETED")
+    log = (tmp_path / f"log-{last}").read_text()
+    assert "step failed with status 137, try 1 of 3; back into the queue" in log
+    assert "made already" in log
+    main(["data", *words, str(tmp_path / "alone")])
+    assert digest(tmp_path / "alone") == made == digest(shared)
+
+
+def test_a_job_converts_a_checkpoint(cluster, chain, tmp_path):
+    words = ["to-hf", chain[0] / "continual", tmp_path / "model"]
+    cluster.run("sbatch", "--wait", "--output", tmp_path / "log", "slurm/convert.sbatch", *words)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_a_job_whose_time_is_up_leaves_and_comes_back(cluster, chain, timed):
@@ -164,7 +229,8 @@ def test_a_job_whose_time_is_up_leaves_and_comes_back(cluster, chain, timed):
 
 def test_a_preempted_training_goes_on_to_the_same_losses(cluster, chain, tmp_path):
     run = tmp_path / "run"
-    job = cluster.submit("--nodes=2", "--output", tmp_path / "log", "slurm/pretrain.sbatch", *training(chain[0], run))
+    words = words_of(chain[0], "continual", run)
+    job = cluster.submit("--nodes=2", "--output", tmp_path / "log", "slurm/pretrain.sbatch", *words)
     wait_until(lambda: has_steps(run, 1) or cluster.wait_for(job, "PENDING", "RUNNING") is None, "no step was taken")
     preempt(cluster, job)
     assert cluster.wait_for(job, "COMPLETED")["Restarts"] == "1"
@@ -177,7 +243,7 @@ def test_a_preempted_training_goes_on_to_the_same_losses(cluster, chain, tmp_pat
 
 def test_a_training_that_lost_a_node_goes_on_without_it(cluster, chain, tmp_path):
     run = tmp_path / "run"
-    words = [*training(chain[0], run), "--checkpoint.every", "2"]
+    words = [*words_of(chain[0], "continual", run), "--checkpoint.every", "2"]
     job = cluster.submit("--nodes=1-2", "--output", tmp_path / "log", "slurm/pretrain.sbatch", *words)
     wait_until(lambda: len(list_checkpoints(run)) >= 2 or not cluster.wait_for(job, "PENDING", "RUNNING"), "no save")
     try:
@@ -229,6 +295,10 @@ steps:
 def test_a_failed_step_is_told_and_mended(cluster, tmp_path):
     (tmp_path / "chain.yaml").write_text(BROKEN)
     file, output = str(tmp_path / "chain.yaml"), tmp_path / "run"
+    (tmp_path / "other.yaml").write_text(f"{BROKEN}slurm: {{partition: nowhere}}\n")
+    submit = f"{sys.executable} -m launch.m3 slurm submit {tmp_path}/other.yaml --set output={output} 2>&1"
+    [told] = cluster.run("bash", "-c", submit, check=False).splitlines()
+    assert told.startswith("error: tokenizer: sbatch refuses it (invalid partition specified: nowhere;")
     first = m3(cluster, "submit", file, output)
     cluster.wait_for(first["tokenizer"]["job"], "FAILED")
     cluster.wait_for(first["tokens"]["job"], "CANCELLED")
@@ -284,11 +354,27 @@ def test_a_server_tells_where_it_listens_and_ends_well_when_its_time_is_up(clust
     cluster.wait_for(again["job"], "CANCELLED")
 
 
-def test_nothing_is_left_of_the_cluster():
-    """A cluster of its own, since the others' still runs."""
+GPUS = """\
+#!/usr/bin/env bash
+set -euo pipefail
+M3_CONTAINER=image.sqsh source slurm/environment.sh
+echo "${M3_SRUN[@]}"
+source slurm/environment.sh
+srun "${M3_SRUN[@]}" bash -c 'echo "$M3_PROCESSES_PER_NODE processes, ${SLURM_GPUS_ON_NODE:-no} GPUs"'
+"""
+
+
+def test_steps_get_the_gpus_of_their_nodes_and_nothing_is_left_of_the_cluster(tmp_path):
+    """A cluster of its own, since the others' still runs; its GPUs are files."""
+    (tmp_path / "job.sh").write_text(GPUS)
     folder = Path(tempfile.mkdtemp(prefix="m3slurm_", dir="/tmp"))
-    with slurm_cluster(folder) as running:
+    with slurm_cluster(folder, gpus=2) as running:
         daemons = [process.pid for process in running.processes.values()]
+        for name, asked, gpus in (("whole", "--exclusive", 2), ("one", "--gpus=1", 1)):
+            running.run("sbatch", "--wait", "--output", tmp_path / name, asked, tmp_path / "job.sh")
+            words, line = (tmp_path / name).read_text().splitlines()
+            assert words.startswith(f"--container-image=image.sqsh --container-mounts={ROOT}:{ROOT} --container-work")
+            assert line == f"{gpus} processes, {gpus} GPUs"
         job = running.submit("--output=/dev/null", "--wrap", "sleep 600")
         running.wait_for(job, "RUNNING")
     assert not [pid for pid in daemons if psutil.pid_exists(pid)]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from launch.slurm_chain import ROOT, SCRIPTS, load_chain, render
-from launch.slurm_jobs import Job, Submitted, joint_state, read_state, write_state
+from launch.slurm_jobs import Job, Submitted, complaint, joint_state, read_state, run_slurm, write_state
 from launch.slurm_status import explain, last_line
 from launch.slurm_submit import main
-from megatron_m3.errors import ArtifactError, ConfigError
+from megatron_m3.errors import ArtifactError, ConfigError, UnsupportedError
 
 CHAIN = """\
 name: small
@@ -27,7 +27,8 @@ steps:
     slurm: {{time: 60, nodes: "{{count}}", exclusive: null}}
   first: {first}
 """
-FIRST = '{script: data, run: "tokenize --input @.jsonl --output {output}/@", makes: "tokens/@", array: "a {words}"}'
+FIRST = ('{script: data, run: "tokenize --input a@b/{element}.jsonl --output {output}/{element}", '
+         'makes: "tokens/{element}", array: "a {words}"}')
 
 
 def write(folder: Path, text: str) -> Path:
@@ -50,6 +51,7 @@ def test_steps_stand_after_those_they_wait_for_with_variables_filled_in(path: Pa
     assert "set -- --name 'two words' --count 007\n" in second.script
     assert "#SBATCH --array=0-2\n" in first.script
     assert "export M3_ARRAY='a b c'\n" in first.script
+    assert f"set -- tokenize --input 'a@b/{{element}}.jsonl' --output '{chain.output}/{{element}}'\n" in first.script
 
 
 def test_options_of_a_step_go_before_the_chains_and_these_before_the_scripts(path: Path) -> None:
@@ -85,7 +87,7 @@ def test_what_is_made_is_known_by_its_manifest_or_its_file(path: Path, tmp_path:
 
 @pytest.mark.parametrize(("change", "message"), [
     (("script: data", "script: dta"), r"steps\.first\.script=dta: unknown; known are .*data"),
-    (("{output}/@", "{otput}/@"), r"steps\.first\.run: \{otput\} is not a variable"),
+    (("{output}/", "{otput}/"), r"steps\.first\.run: \{otput\} is not a variable"),
     (("{words}", "{words"), r"steps\.first\.array: .*braces"),
     (("after: [first]", "after: [frist]"), r"steps\.second\.after: no step frist"),
     (("makes: run", "mkes: run"), r"steps\.second: lacks makes"),
@@ -95,6 +97,8 @@ def test_what_is_made_is_known_by_its_manifest_or_its_file(path: Path, tmp_path:
     (("name: small", "name: [small"), "not readable as YAML"),
     (('"two words"', '"two words'), r"steps\.second\.run: No closing quotation"),
     (("array:", "after: [second], array:"), "wait for each other"),
+    (("makes: run/", "makes: run/{element}"), r"steps\.second\.makes: \{element\} is not a variable"),
+    (("variables: {", "variables: {element: x, "), r"variables\.element: is the word of an array's element"),
 ])
 def test_mistakes_are_told_with_their_place(change: tuple[str, str], message: str, tmp_path: Path) -> None:
     text = CHAIN.format(first=FIRST)
@@ -109,6 +113,30 @@ def test_unknown_variables_and_files_are_refused(path: Path, tmp_path: Path) -> 
         load_chain(path, ("cuont=8",))
     with pytest.raises(ConfigError, match="No such file"):
         load_chain(tmp_path / "other.yaml")
+
+
+def test_without_steps_or_slurm_nothing_is_written(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="lacks steps"):
+        load_chain(write(tmp_path, "name: a\noutput: b\n"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnsupportedError, match="sbatch: not found; run this on a machine from which"):
+        main([str(write(tmp_path, CHAIN.format(first=FIRST))), "--set", f"output={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_jobs_submitted_from_an_element_of_an_array_are_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "main")
+    handed_on = run_slurm("env").stdout.splitlines()
+    assert "SLURM_JOB_PARTITION=main" in handed_on
+    assert not [line for line in handed_on if line.startswith("SLURM_ARRAY_")]
+
+
+def test_what_slurm_says_against_a_job_becomes_one_line() -> None:
+    said = "sbatch: error: no partition: x\nsbatch: error: Batch job submission failed\nTry \"sbatch --help\" for more"
+    done = subprocess.CompletedProcess([], 1, "", said)
+    assert complaint(done) == "no partition: x; Batch job submission failed"
+    assert complaint(subprocess.CompletedProcess([], 1, "", "")) == "no answer"
 
 
 def test_a_dry_run_shows_the_scripts_and_writes_nothing(path: Path, tmp_path: Path,
@@ -195,17 +223,21 @@ def test_a_training_is_told_by_its_step_line_unless_it_failed(path: Path, tmp_pa
 @pytest.mark.parametrize(
     ("words", "given", "status", "said"),
     [
-        ("data tokenize --input @.txt", {}, 0, "launch.m3 data tokenize --input @.txt"),
-        ("data tokenize --input @.txt", {"SLURM_ARRAY_TASK_ID": "1", "M3_ARRAY": "a b"}, 0, "tokenize --input b.txt"),
-        ("data filter --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 0, "launch.m3 data filter --input x"),
+        ("data tokenize --input x", {}, 0, "launch.m3 data tokenize --input x"),
+        ("data tokenize --input {element}.txt a@b {element}", {"SLURM_ARRAY_TASK_ID": "1", "M3_ARRAY": "a &b"}, 0,
+         "tokenize --input &b.txt a@b &b"),
+        ("data filter --input a@b", {"SLURM_ARRAY_TASK_ID": "1", "M3_ARRAY": "1 2"}, 0, "data filter --input a@b"),
         ("data tokenize --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 0, "launch.m3 data tokenize --input x"),
-        ("data inspect --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 2, "an array of m3 data inspect needs M3_ARRAY"),
-        ("score --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 2, "an array of m3 score --input needs M3_ARRAY"),
+        ("data inspect --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 2, "array of m3 data inspect would all do the same"),
+        ("score --input x", {"SLURM_ARRAY_TASK_ID": "1"}, 2, "array of m3 score --input would all do the same"),
+        ("score --mode {element}", {"SLURM_ARRAY_TASK_ID": "2", "M3_ARRAY": "a b"}, 2, "(M3_ARRAY=a b, element 2)"),
+        ("score --mode {element}", {"M3_ARRAY": "a b"}, 2, "error: {element} needs --array=0-N"),
     ],
 )
 def test_an_array_takes_a_word_each_or_shares_what_can_be_shared(words, given, status, said):
-    script = f'set -euo pipefail; M3_SRUN=(); srun() {{ echo "$@"; }}; set -- {words}; source slurm/one_process.sh'
-    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env={"PATH": "/usr/bin:/bin"} | given, text=True,
-                          capture_output=True, check=False)
+    script = ('set -euo pipefail; M3_SRUN=(); source slurm/job.sh; run() { echo "$@"; }; '
+              f"set -- {words}; source slurm/one_process.sh")
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7"} | given,
+                          text=True, capture_output=True, check=False)
     assert done.returncode == status
     assert said in done.stdout + done.stderr
