@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.bench_attention [--record] [--tune]
 
-On a CUDA device: every backend at the shapes of m3-2b and SmolLM2, with 8 kept tokens and the references of 5 chunks;
-the floor is torch's flash attention of the trunk alone (its key-value heads repeated beforehand or by the kernel,
-whichever is faster). Without one: the torch backend beside the plain reference on one thread. Nothing is timed before
-its output and gradients are checked. ``--record`` adds the rows to ``results.csv``; ``--tune`` times the Triton kernels
-with other tiles than those of ``triton_tiles.py`` at m3-2b's shape.
+On a CUDA device: every backend that can run there, at the shapes of m3-2b and SmolLM2, with 8 kept tokens and the
+references of 5 chunks; the floor is torch's flash attention of the trunk alone (its key-value heads repeated beforehand
+or by the kernel, whichever is faster). Without one: the torch backend beside the plain reference on one thread. Nothing
+is timed before its output and gradients are checked. ``--record`` adds the rows to ``results.csv``; ``--tune`` times
+the Triton kernels with other tiles than those of ``triton_tiles.py`` at m3-2b's shape.
 """
 
 import functools
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_m3.errors import UnsupportedError
 from megatron_m3.ops.memory_attention import get_backend, triton_backend, triton_tiles
 from tests.benchmarks import results
 
@@ -162,9 +163,13 @@ def rows(shape: Shape) -> Iterator[dict[str, object]]:
     cuda = torch.cuda.is_available()
     inputs = Inputs.of(shape, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
     reference = get_backend("reference")
-    backends = {name: get_backend(name) for name in (("torch", "triton") if cuda else ("torch",))}
-    for backend in backends.values():
-        check(inputs, backend)
+    backends = {name: get_backend(name) for name in (("torch", "triton", "te") if cuda else ("torch",))}
+    for name, backend in list(backends.items()):
+        try:
+            check(inputs, backend)
+        except UnsupportedError as error:
+            print(error, file=sys.stderr)
+            del backends[name]
     times = floors(inputs) if cuda else {
         "floor": dict(both_ways(functools.partial(inputs.attend, reference), inputs.tensors, inputs.grad))}
     for name, backend in backends.items():

@@ -8,6 +8,7 @@ folder when it is whole, so a run that was cut off goes on where it was. At the 
 """
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,8 @@ def main() -> None:
     folder, lists = Path(sys.argv[1]), [Path(name) for name in LISTS]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / COMPLETE).unlink(missing_ok=True)
+    for part in folder.glob(".part-*"):
+        shutil.rmtree(part)
     wanted = pins(lists)
     for place, (name, version) in enumerate(wanted, 1):
         told = "there" if has(folder, name, version) else fetch(folder, name, version)
