@@ -86,11 +86,11 @@ def library() -> Library:
         found = importlib.metadata.version("transformer-engine")
         if not found.startswith(f"{VERSION}."):
             raise UnsupportedError(f"{WHO}: Transformer Engine {found} is installed, whose fused attention may differ "
-                                   f"from {VERSION}'s; install what requirements-gpu.txt says, or {INSTEAD}")
+                                   f"from {VERSION}'s; make gpu-setup installs that, or {INSTEAD}")
         functions = importlib.import_module(f"{where}.cpp_extensions.fused_attn")
         shapes = importlib.import_module(f"{where}.attention.dot_product_attention.utils")
     except importlib.metadata.PackageNotFoundError:
-        raise UnsupportedError(f"{WHO}: Transformer Engine is not installed; requirements-gpu.txt says how it is, or "
+        raise UnsupportedError(f"{WHO}: Transformer Engine is not installed; make gpu-setup installs it, or "
                                f"{INSTEAD}") from None
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
