@@ -180,7 +180,8 @@ class LoggingConfig:
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     peak_tflops: float = 0.0
-    """The device's peak TFLOP/s for MFU; 0 measures the rate of a large matrix product at start."""
+    """The device's peak TFLOP/s for MFU; 0 is its maker's figure for a known GPU in bf16, else the rate of a large
+    matrix product, measured at start."""
 
     def __post_init__(self) -> None:
         check_range("logging", self, 1, math.inf, "every")

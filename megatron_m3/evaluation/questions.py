@@ -46,7 +46,7 @@ class Questions:
         Raises:
             M3Error: one that is not finite.
         """
-        parts = loss_N.double().split([len(one.target) for one in self.examples])
+        parts = loss_N.double().cpu().split([len(one.target) for one in self.examples])
         sums = [float(part.sum()) for part in parts]
         for one, nll in zip(self.examples, sums, strict=True):
             if nll != nll or nll == float("inf"):

@@ -70,18 +70,18 @@ def memories_of_lines(
 ) -> ChunkMemories:
     """Every position of a line's context reads all references of the line: one chunk, R references.
 
-    ``memories`` are those of :func:`distinct_references`.
+    ``memories`` are those of :func:`distinct_references`; they are brought to ``device`` once, not layer by layer.
     """
     row_of = {reference: row for row, reference in enumerate(distinct_references(examples))}
     rows = [[row_of[tuple(reference)] for reference in one.references] for one in examples]
     most = max(map(len, rows))
     return ChunkMemories(
-        memories=memories,
+        memories=memories.to(device, memories.kv.dtype),
         rows_BCR=torch.tensor([[[*one, *[0] * (most - len(one))]] for one in rows], device=device),
         valid_BCR=torch.tensor([[[place < len(one) for place in range(most)]] for one in rows], device=device),
         layers={layer: place for place, layer in enumerate(config.memory_layers)},
         heads=local_kv_heads(config),
-        memory_heads=restricted_heads(config),
+        memory_heads=restricted_heads(config, device),
     )
 
 

@@ -47,7 +47,7 @@ class Engine:
                 references_per_chunk=self.config.memory.references_per_chunk,
                 memory_heads=self.config.memory_heads,
                 heads=local_kv_heads(self.config),
-                restricted_heads=restricted_heads(self.config),
+                restricted_heads=restricted_heads(self.config, loaded.device),
                 device=loaded.device,
                 max_overlap=max_overlap,
             )

@@ -34,9 +34,9 @@ def delivery(loaded: LoadedModel) -> "Delivery":
     return Delivery(heads=local_kv_heads(loaded.config), device=parameter.device, dtype=parameter.dtype)
 
 
-def restricted_heads(config: Config) -> dict[int, Tensor]:
+def restricted_heads(config: Config, device: torch.device) -> dict[int, Tensor]:
     """Which kv heads of this process read memories, bool [G], for memory layers in which not all do."""
-    found = {layer: local_memory_heads(config, layer) for layer in config.memory_layers}
+    found = {layer: local_memory_heads(config, layer, device) for layer in config.memory_layers}
     return {layer: heads for layer, heads in found.items() if heads is not None}
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_m3.model.rope import Rope, rotate
+from megatron_m3.model.rope import Rope
 from megatron_m3.ops.memory_attention import get_backend
+from megatron_m3.ops.rope import Table, rotate
 
 if TYPE_CHECKING:
     from megatron_m3.memory import ExplicitMemories
@@ -100,17 +101,18 @@ class ReadingPlan:
         backend: str = "torch",
     ) -> None:
         """``keep(layer, key_BTGD, value_BTGD)`` receives every layer's rotated keys and its values, for a cache."""
-        self.rope, self.positions_T1, self.backend = rope, positions_T[:, None], get_backend(backend)
+        self.rope, self.positions_T1 = rope, positions_T[:, None]
+        self.backend_name, self.backend = backend, get_backend(backend)
         self.prefix_length, self.chunk_length = prefix_length, chunk_length
         self.memories, self.keep = memories, keep
-        self.table: tuple[Tensor, Tensor] | None = None
+        self.table: Table | None = None
 
     def attend(self, layer: int, query_TBHD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor) -> Tensor:
         """Attention output of ``layer`` for every position, [T, B, H, D]."""
         if self.table is None:
             self.table = self.rope.table(self.positions_T1, query_TBHD.dtype)
-        query_BTHD = rotate(query_TBHD, self.table).transpose(0, 1)
-        key_BTGD = rotate(key_TBGD, self.table).transpose(0, 1)
+        query_BTHD = rotate(query_TBHD, self.table, self.backend_name).transpose(0, 1)
+        key_BTGD = rotate(key_TBGD, self.table, self.backend_name).transpose(0, 1)
         value_BTGD = value_TBGD.transpose(0, 1)
         if self.keep is not None:
             self.keep(layer, key_BTGD, value_BTGD)

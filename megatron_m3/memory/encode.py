@@ -18,10 +18,11 @@ from torch import Tensor
 from megatron_m3.config import Config
 from megatron_m3.memory.types import ExplicitMemories
 from megatron_m3.model.checkpoint import LoadedModel
-from megatron_m3.model.rope import Rope, rotate
+from megatron_m3.model.rope import Rope
 from megatron_m3.model.selection import select_in_layer
 from megatron_m3.ops.choice import choose_backend
 from megatron_m3.ops.memory_attention import get_backend
+from megatron_m3.ops.rope import Table, rotate
 
 if TYPE_CHECKING:
     from megatron_m3.memory.codec import Codec
@@ -178,8 +179,9 @@ class EncodePlan:
     def __init__(self, configs: Sequence[Config], prefix_length: int, lengths_N: Tensor) -> None:
         self.configs, self.prefix_length, self.lengths_N = configs, prefix_length, lengths_N
         self.rope = Rope.of(configs[0].model)
-        self.table: tuple[Tensor, Tensor] | None = None
-        self.backend = get_backend(choose_backend(configs[0].model).name)
+        self.table: Table | None = None
+        self.backend_name = choose_backend(configs[0].model).name
+        self.backend = get_backend(self.backend_name)
         self.kv: list[list[Tensor]] = [[] for _ in configs]
         self.positions: list[list[Tensor]] = [[] for _ in configs]
 
@@ -195,7 +197,7 @@ class EncodePlan:
         if self.table is None:
             positions_S1 = torch.arange(len(part_SBHD), device=part_SBHD.device)[:, None]
             self.table = self.rope.table(positions_S1, part_SBHD.dtype)
-        return rotate(part_SBHD, self.table)
+        return rotate(part_SBHD, self.table, self.backend_name)
 
     def keep(
         self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, rotated_SBGD: Tensor

@@ -18,8 +18,8 @@ from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.record import by_head
 from megatron_m3.memory.sensitivity import Sensitivity
 from megatron_m3.memory.types import ExplicitMemories
-from megatron_m3.model.rope import rotate, turns
 from megatron_m3.ops.codec.transform import TransformCode
+from megatron_m3.ops.rope import rotate, turns
 
 if TYPE_CHECKING:
     from megatron_m3.ops.codec.triton_decode import SlotDecoder

@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_m3.config import Config
 from megatron_m3.memory.encode import EncodePlan, gather_heads, run_encoding
 from megatron_m3.model.checkpoint import LoadedModel
-from megatron_m3.model.rope import Rope, rotate
+from megatron_m3.model.rope import Rope
+from megatron_m3.ops.rope import rotate
 
 DISTANCES = 24
 """Distances between a kept token and its reader over which the queries' second moments are averaged."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -30,14 +30,27 @@ class RMSNorm(torch.nn.Module):
 
 
 def keep_tail(hidden_SBE: Tensor, num_rows: int, sequence_parallel: bool) -> Tensor:
-    """The last ``num_rows`` (local) rows of the sequence, across the ranks that share it."""
-    if hidden_SBE.shape[0] == num_rows:
+    """The last ``num_rows`` (local) rows of the sequence, across the ranks that share it.
+
+    Under sequence parallelism each row that stays goes to the one rank that has it next; the others go nowhere.
+    """
+    held = hidden_SBE.shape[0]
+    if held == num_rows:
         return hidden_SBE
     if not sequence_parallel:
         return hidden_SBE[-num_rows:]
-    whole = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBE, tensor_parallel_output_grad=False)
-    ranks = whole.shape[0] // hidden_SBE.shape[0]
-    return tensor_parallel.scatter_to_sequence_parallel_region(whole[-num_rows * ranks :].contiguous())
+    group = parallel_state.get_tensor_model_parallel_group()
+    rank, ranks = group.rank(), group.size()
+    dropped = (held - num_rows) * ranks
+    before = [range(one * held, (one + 1) * held) for one in range(ranks)]
+    after = [range(dropped + one * num_rows, dropped + (one + 1) * num_rows) for one in range(ranks)]
+    sent = [_shared_rows(before[rank], wanted) for wanted in after]
+    received = [_shared_rows(there, after[rank]) for there in before]
+    return tensor_parallel.all_to_all(group, hidden_SBE[held - sum(sent) :], received, sent)
+
+
+def _shared_rows(one: range, other: range) -> int:
+    return max(0, min(one.stop, other.stop) - max(one.start, other.start))
 
 
 def add_to_trunk(sequence_parallel: bool) -> Callable[..., Any]:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from megatron_m3.config import Config, ModelConfig
-from megatron_m3.model.rope import Rope, rotate
+from megatron_m3.model.rope import Rope
 from megatron_m3.model.selection import local_memory_heads, select_in_layer
 from megatron_m3.ops.choice import choose_backend
 from megatron_m3.ops.memory_attention import get_backend
+from megatron_m3.ops.rope import Table, rotate
 
 type Memories = tuple[Tensor, Tensor, Tensor]
 """Kept keys and values ``[B, C, K, G, D]`` of each chunk's reference, and which are read, ``[B, C, K]``.
@@ -36,7 +37,7 @@ def trunk_positions(prefix_length: int, reference_length: int, context_length: i
     return torch.cat([torch.arange(prefix_length), torch.arange(context_length) + start])
 
 
-def _rope_table(layout: "JointLayout", head: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _rope_table(layout: "JointLayout", head: int, device: torch.device, dtype: torch.dtype) -> Table:
     """Cosines and sines of every row, after ``head`` rows of references; the same in every layer, so kept."""
     length = layout.config.memory.reference_length
     return _table(
@@ -48,11 +49,12 @@ def _rope_table(layout: "JointLayout", head: int, device: torch.device, dtype: t
 def _table(
     model: ModelConfig, prefix: int, reference: int, context: int, count: int, device: torch.device,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> Table:
     once = torch.arange(reference) + prefix
-    positions = torch.cat([once.repeat(count), trunk_positions(prefix, reference, context)]).to(device)
-    # one more axis for the batch
-    return Rope.of(model).table(positions[:, None], dtype)
+    with torch.inference_mode(False):  # what one pass keeps, a pass with gradients may use
+        positions = torch.cat([once.repeat(count), trunk_positions(prefix, reference, context)]).to(device)
+        # one more axis for the batch
+        return Rope.of(model).table(positions[:, None], dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +94,21 @@ class JointLayout:
         memories = self.memories.get(layer)
         if head and layer in self.config.memory_layers:
             memories = self.choose(layer, query_SBHD[:head], key_SBGD[:head], *references[1:])
-        out_BTHD = self.attend_in_trunk(trunk, memories)
+        out_TBHD = self.attend_in_trunk(trunk, memories).transpose(0, 1)
         if not head or layer == last:
-            return out_BTHD.transpose(0, 1)
-        return torch.cat([self.attend_in_references(references, trunk), out_BTHD], 1).transpose(0, 1)
+            return out_TBHD
+        # put together sequence first, as the layer wants it, so that this is the only copy
+        return torch.cat([self.attend_in_references(references, trunk).transpose(0, 1), out_TBHD])
 
     def rotated(
         self, head: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Queries, keys after RoPE and values of the first ``head`` rows, and of the others, batch first."""
         table = _rope_table(self, head, query_SBHD.device, query_SBHD.dtype)
-        whole = *(rotate(part, table).transpose(0, 1) for part in (query_SBHD, key_SBGD)), value_SBGD.transpose(0, 1)
+        backend = choose_backend(self.config.model).name
+        turned = (rotate(part, table, backend) for part in (query_SBHD, key_SBGD))
+        # values come as a view of the whole projection, which would be kept for the backward pass with them
+        whole = [part.transpose(0, 1) for part in (*turned, value_SBGD.contiguous())]
         return tuple(part[:, :head] for part in whole), tuple(part[:, head:] for part in whole)
 
     def attend_in_trunk(self, trunk: tuple[Tensor, ...], memories: Memories | None) -> Tensor:
@@ -133,8 +139,8 @@ class JointLayout:
         index_MKGD = indices_MGK.transpose(1, 2)[..., None].expand(-1, -1, -1, key_SBGD.shape[-1])
         kept_key, kept_value = (self._split(rows).gather(1, index_MKGD) for rows in (rotated_key_BSGD, value_BSGD))
         key, value, valid_BCK = self._by_chunk(kept_key, kept_value, valid_MK)
-        heads_G = local_memory_heads(self.config, layer)
-        return key, value, valid_BCK if heads_G is None else valid_BCK[..., None] & heads_G.to(valid_BCK.device)
+        heads_G = local_memory_heads(self.config, layer, valid_BCK.device)
+        return key, value, valid_BCK if heads_G is None else valid_BCK[..., None] & heads_G
 
     def _by_chunk(self, key_MKGD: Tensor, value_MKGD: Tensor, valid_MK: Tensor) -> Memories:
         """The memories in the order of the chunks, with empty ones for chunks that have none."""

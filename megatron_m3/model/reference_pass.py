@@ -24,7 +24,7 @@ class ReferencePass(JointLayout):
         """See :class:`megatron_m3.model.attention.AttentionPlan`."""
         references, trunk = self.keep(layer, query_SBHD, key_SBGD, value_SBGD)
         rows = self.attend_in_references(references, trunk), self.attend_in_trunk(trunk, None)
-        return torch.cat(rows, 1).transpose(0, 1)
+        return torch.cat([part.transpose(0, 1) for part in rows])
 
     def keep(
         self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_m3.config import ModelConfig
+from megatron_m3.ops.rope import Table, rotate, turns
 
 
 class Rope:
@@ -27,7 +28,7 @@ class Rope:
             rope.frequency = rope.frequency * (kept + (1 - kept) / model.rope_factor)
         return rope
 
-    def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def table(self, positions: Tensor, dtype: torch.dtype) -> Table:
         """What :func:`rotate` takes, ``[*positions, 1, D]`` each, for vectors of ``dtype`` with heads after positions.
 
         They are in fp32 or wider: a bf16 table would rotate distant positions by visibly wrong angles.
@@ -39,17 +40,3 @@ class Rope:
     def rotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
         """Rotate ``[..., heads, D]`` vectors, whose leading axes broadcast with those of ``positions``."""
         return rotate(vectors, self.table(positions, vectors.dtype))
-
-
-def turns(angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines ``[..., D]`` of pairs' angles ``[..., D/2]``, and sines with the sign by which each takes its partner."""
-    cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
-    return torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
-
-
-def rotate(vectors: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate vectors ``[..., heads, D]`` by a table from :meth:`Rope.table`; the result has the vectors' dtype."""
-    cosine, sine = table
-    # widened once: each product of two types would widen its own copy
-    wide = vectors.to(torch.promote_types(vectors.dtype, cosine.dtype))
-    return (wide * cosine + wide.roll(wide.shape[-1] // 2, -1) * sine).to(vectors.dtype)

@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_m3.errors import UnsupportedError
+from megatron_m3.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,18 @@ def _refuse_unrelated_apex() -> None:
         )
 
 
+def local_gpu(local_rank: str, count: int) -> int:
+    """The number of this process' GPU, by what a launcher put into LOCAL_RANK, of ``count`` that it sees.
+
+    Raises:
+        ConfigError: there is no such GPU.
+    """
+    if not local_rank.isdecimal() or int(local_rank) >= count:
+        raise ConfigError(f"LOCAL_RANK={local_rank}: this process sees {count} GPUs; start at most as many processes "
+                          "on a machine as it has GPUs, each of which sees all of them")
+    return int(local_rank)
+
+
 @functools.cache
 def select() -> Platform:
     """Choose the platform of this process; call it before importing anything of megatron.core.
@@ -52,6 +64,7 @@ def select() -> Platform:
 
     Raises:
         UnsupportedError: PyPI's unrelated ``apex`` is installed.
+        ConfigError: LOCAL_RANK names a GPU that this process does not see.
     """
     import torch
 
@@ -65,7 +78,7 @@ def select() -> Platform:
     for name in ("megatron.core", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_rank = local_gpu(os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count())
         torch.cuda.set_device(local_rank)
         return Platform(device=torch.device("cuda", local_rank), backend="nccl")
     cpu.install()

@@ -33,7 +33,7 @@ from megatron_m3.tokenizer import Tokenizer
 from megatron_m3.training import signals
 from megatron_m3.training.checks import check_run
 from megatron_m3.training.guard import Guard, GuardState, Verdict
-from megatron_m3.training.metrics import Metrics, measure_peak_tflops, say
+from megatron_m3.training.metrics import Metrics, peak_tflops, say
 from megatron_m3.training.record import describe, write_run_record
 from megatron_m3.training.schedule import gradient_in_references, kept_tokens, learning_rate
 from megatron_m3.training.setup import Machinery, build_machinery
@@ -100,7 +100,7 @@ class Loop:
         self.first = dist.get_rank() == 0
         self.state, self.guard = RunState(), Guard(config.guard)
         self.metrics = Metrics(self.output, every=config.logging.every, tensorboard=config.logging.tensorboard)
-        self.peak = config.logging.peak_tflops or measure_peak_tflops(
+        self.peak = config.logging.peak_tflops or peak_tflops(
             machinery.platform.device, DTYPES[config.training.dtype]
         )
         self.reader: Any = None

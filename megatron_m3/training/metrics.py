@@ -35,8 +35,29 @@ def step_line(record: dict[str, Any]) -> str:
     )
 
 
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312,
+         "B200": 2250, "B100": 1750}
+"""TFLOP/s of cards in dense bf16 products, as their maker says; the first name that fits a card counts."""
+
+
+def peak_tflops(device: "torch.device", dtype: "torch.dtype") -> float:
+    """What MFU is a share of: the maker's figure for a known card in bf16, else what a large product reaches."""
+    import torch
+
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        known = known_peak(torch.cuda.get_device_name(device))
+        if known:
+            return known
+    return measure_peak_tflops(device, dtype)
+
+
+def known_peak(card: str) -> float | None:
+    """TFLOP/s in :data:`PEAKS` of a card that calls itself ``card``; None where it is not there."""
+    return next((float(peak) for name, peak in PEAKS.items() if all(word in card for word in name.split())), None)
+
+
 def measure_peak_tflops(device: "torch.device", dtype: "torch.dtype", seconds: float = 0.3) -> float:
-    """TFLOP/s that one process reaches in a large matrix product, the yardstick of MFU where no peak is given."""
+    """TFLOP/s that one process reaches in a large matrix product."""
     import torch
 
     size = 8192 if device.type == "cuda" else 768

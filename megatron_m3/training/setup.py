@@ -62,6 +62,8 @@ def build_machinery(
     core.finalize_model_grads_func = finalize_model_grads
     # with two stages both neighbours are one process, and messages of one batch to both would be taken for each other
     core.overlap_p2p_comm, core.batch_p2p_comm = config.parallel.interleave > 1, config.parallel.interleave == 1
+    # a guard against races of old versions of torch: the host would wait for the device at every message
+    core.batch_p2p_sync = False
     half = config.training.dtype == "bf16"
     buffers = DistributedDataParallelConfig(
         grad_reduce_in_fp32=half, use_distributed_optimizer=config.parallel.distributed_optimizer

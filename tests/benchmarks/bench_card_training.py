@@ -23,8 +23,6 @@ from megatron_m3.platform.distributed import parallel_world
 from tests.benchmarks import results
 from tests.benchmarks.bench_training import PREFIX, batches
 
-PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0}
-"""Of dense bf16 products, by a part of the device's name; of another device the rate of a large product is measured."""
 LIMITS = {("warmup", "step"): 1 / 0.45, ("continual", "step"): 1.05}
 """Largest ratios: 45 % MFU, and a continual step against what FLOPs imply."""
 ROUNDS, WARM_ROUNDS = 20, 3
@@ -86,18 +84,6 @@ def measure(dry: bool) -> tuple[dict[str, list[float]], dict[str, float], Config
     return {name: found[WARM_ROUNDS:] for name, found in times.items()}, flops, warmup
 
 
-def peak_tflops() -> float:
-    """The device's, known by its name or measured."""
-    from megatron_m3.training.metrics import measure_peak_tflops
-
-    device = select().device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    known = [peak for part, peak in PEAK_TFLOPS.items() if part in name]
-    peak = known[0] if known else measure_peak_tflops(device, torch.bfloat16)
-    print(f"{name}: peak {peak:,.1f} TFLOP/s ({'of its data sheet' if known else 'measured in a large product'})")
-    return peak
-
-
 def rows(times: dict[str, list[float]], flops: dict[str, float], warmup: Config, peak: float) -> list[dict[str, Any]]:
     """Two rows for each kind of step: its floor, and the step."""
     middle = {name: float(torch.tensor(found).quantile(0.5)) for name, found in times.items()}
@@ -120,8 +106,12 @@ def main() -> None:
         return
     if dry and "--record" in sys.argv:
         sys.exit("error: --dry has nothing to record")
-    select()
-    met = results.report("training", rows(*measure(dry), peak_tflops()), {} if dry else LIMITS)
+    device = select().device
+    from megatron_m3.training.metrics import peak_tflops
+
+    peak = peak_tflops(device, torch.bfloat16)
+    print(f"peak {peak:,.3g} TFLOP/s")
+    met = results.report("training", rows(*measure(dry), peak), {} if dry else LIMITS)
     sys.exit(not met)
 
 

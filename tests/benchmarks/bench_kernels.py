@@ -3,8 +3,9 @@
     python -m tests.benchmarks.bench_kernels [--record]
 
 At m3-2b's shape: selection of a layer's tokens beside that layer's attention in the references, forward and backward;
-decoding of KLT28 into the slots of a cache beside a copy of the same bytes; and the search of KLT28's encoder, one
-head's codes, beside the same search by torch operations. ``--record`` adds the rows to ``results.csv``.
+decoding of KLT28 into the slots of a cache beside a copy of the same bytes; the search of KLT28's encoder, one head's
+codes, beside the same search by torch operations; and RoPE of a joint sequence's queries, forward and backward, by each
+backend beside two copies. ``--record`` adds the rows to ``results.csv``.
 """
 
 import sys
@@ -91,10 +92,32 @@ def search_works(shape: Shape, device: str) -> tuple[str, dict[str, Callable[[],
     return "search", {"floor": plain, "triton": lambda: triton_trellis.search(numbers, tables, bits)}
 
 
+def rope_works(shape: Shape, device: str) -> tuple[str, dict[str, Callable[[], object]]]:
+    """Two copies of the queries of 32 references and 2,048 tokens, and their rotation by each backend."""
+    from megatron_m3.model.rope import Rope
+    from megatron_m3.ops.rope import rotate
+
+    length = 32 * shape.tokens + 2048
+    query = torch.randn(length, 1, shape.heads, shape.head_size, device=device, dtype=torch.bfloat16,
+                        requires_grad=True)
+    table = Rope(shape.head_size, 1e4).table(torch.arange(length, device=device)[:, None], query.dtype)
+    grad, other = torch.randn_like(query), torch.empty_like(query)
+
+    def copy() -> None:
+        with torch.no_grad():
+            other.copy_(query)
+            other.copy_(grad)
+
+    def work(backend: str) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(rotate(query, table, backend), query, grad)
+
+    return "rope", {"floor": copy, "torch": work("torch"), "triton": work("triton")}
+
+
 def rows(shape: Shape, device: str) -> Iterator[dict[str, object]]:
     """A row for each work."""
     torch.manual_seed(0)
-    for make in (select_works, decode_works, search_works):
+    for make in (select_works, decode_works, search_works, rope_works):
         name, works = make(shape, device)
         times = {what: milliseconds(work, 5 if name == "search" else 50) for what, work in works.items()}
         for what, (low, middle, high) in times.items():

@@ -61,6 +61,14 @@ def test_weights_are_those_of_the_plain_version(size, dtype, rule):
     triton_checks.check_weights(size, dtype, rule, "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [
+    (2051, 2, 40, 80), (2051, 2, 8, 80), (111, 1, 32, 64), (1, 32, 9, 64), (63, 1, 3, 256),
+])
+def test_rope_has_the_bits_of_plain_torch(size, dtype):
+    triton_checks.check_rope(size, dtype, "cuda")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_equal_tokens_are_taken_by_position(dtype):
     triton_checks.check_equal_tokens(dtype, "cuda")

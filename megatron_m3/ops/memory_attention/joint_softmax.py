@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from megatron_m3.ops.memory_attention.reference import empty_is_zero
+
 
 class Trunk(NamedTuple):
     """What a kernel gives for the trunk; both tensors are its caller's to change."""
@@ -160,6 +162,7 @@ def attend_jointly(
     length = max(num_context, 1) if C == 1 else chunk_length
     chunks, window = max(C, -(-num_context // length)), min(window, C)
     valid_BCMG = memory_valid_BCM[..., None] if memory_valid_BCM.dim() == 3 else memory_valid_BCM
+    memory_key_BCMGD, memory_value_BCMGD = empty_is_zero(memory_key_BCMGD, memory_value_BCMGD, valid_BCMG)
     return _JointSoftmax.apply(
         kernel, query_BTHD, key_BTGD, value_BTGD, _repeat_last(_slide(memory_key_BCMGD, window), chunks),
         _repeat_last(_slide(memory_value_BCMGD, window), chunks),

@@ -34,6 +34,12 @@ def visible_memories(num_context: int, num_chunks: int, chunk_length: int, windo
     return (owner_CM <= chunk_S[:, None]) & (owner_CM > chunk_S[:, None] - window)
 
 
+def empty_is_zero(memory_key_BCMGD: Tensor, memory_value_BCMGD: Tensor, valid_BCMG: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with 0 where a slot holds nothing: a weight of 0 would not keep out a NaN that stands there."""
+    empty_BCMG1 = ~valid_BCMG[..., None]
+    return memory_key_BCMGD.masked_fill(empty_BCMG1, 0), memory_value_BCMGD.masked_fill(empty_BCMG1, 0)
+
+
 def memory_attention(
     query_BTHD: Tensor,
     key_BTGD: Tensor,
@@ -72,6 +78,7 @@ def memory_attention(
     valid_BGU = valid_BCMG.flatten(1, 2).transpose(1, 2)
     visible_BGTU = reads_TU & valid_BGU[:, :, None]
     trunk_BGTT = causal_TT.expand(B, visible_BGTU.shape[1], T, T)
+    memory_key_BCMGD, memory_value_BCMGD = empty_is_zero(memory_key_BCMGD, memory_value_BCMGD, valid_BCMG)
     key_BUGD = torch.cat([memory_key_BCMGD.flatten(1, 2), key_BTGD], 1)
     value_BUGD = torch.cat([memory_value_BCMGD.flatten(1, 2), value_BTGD], 1)
     return _attend(query_BTHD, key_BUGD, value_BUGD, torch.cat([visible_BGTU, trunk_BGTT], 3))

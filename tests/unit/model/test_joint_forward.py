@@ -237,6 +237,32 @@ def test_the_kept_tokens_of_a_step_stand_for_those_of_the_settings():
     assert not torch.equal(losses[0], seven)
 
 
+def test_a_pass_without_gradients_leaves_later_ones_as_they_are():
+    from megatron_m3.model.gpt import training_forward
+    from megatron_m3.model.layout import _table
+
+    config = tiny(training__stage="continual")
+    model, batch = build(config), random_batch(config, [[16, 0, 9, 2]])
+    _table.cache_clear()
+    with torch.inference_mode():
+        evaluated = training_forward(model, batch, config, PREFIX).mean()
+    trained = training_forward(model, batch, config, PREFIX).mean()
+    trained.backward()
+    assert float(evaluated) == float(trained)
+
+
+def test_what_attention_keeps_is_not_a_view_of_the_whole_projection():
+    from megatron_m3.model.layout import JointLayout
+
+    config = tiny(training__stage="continual")
+    layout = JointLayout(config=config, prefix_length=3, context_length=32, reference_lengths_BN=torch.full((1, 4), 16))
+    projected = torch.randn(4 * 16 + 35, 1, 2, 4, 16)  # two query heads, the key and the value of each key-value head
+    query, key, value = projected[:, :, :, :2].flatten(2, 3), projected[:, :, :, 2], projected[:, :, :, 3]
+    for part in layout.rotated(64, query, key, value)[1]:
+        heads = 4 if part.shape[2] == 4 else 2
+        assert part.untyped_storage().nbytes() == (4 * 16 + 35) * heads * 16 * 4
+
+
 def test_gradients_flow_through_references():
     """Finite differences: tokens that stand only in references move the loss through the memories alone."""
     from megatron_m3.model.gpt import training_forward

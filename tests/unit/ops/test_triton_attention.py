@@ -15,11 +15,11 @@ from tests.launcher import ROOT
 from tests.unit.ops.compiled_kernels import SHAPES, SHARED_MEMORY, compile_kernel
 
 
-def test_kernels_equal_the_reference_under_the_interpreter():
+@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_training_cases.py"])
+def test_kernels_equal_the_reference_under_the_interpreter(cases):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    cases = Path(__file__).with_name("triton_cases.py")
-    done = subprocess.run([sys.executable, "-m", "pytest", str(cases)], cwd=ROOT, env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run([sys.executable, "-m", "pytest", Path(__file__).with_name(cases)], cwd=ROOT,
+                          env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-6000:]
     assert " skipped" not in done.stdout
 

@@ -31,7 +31,9 @@ def test_kernels_fit_their_card(kernel, head_size, dtype, architecture):
 
 
 def test_tensors_on_the_cpu_are_refused():
+    from megatron_m3.model.rope import Rope
     from megatron_m3.ops.codec import triton_trellis
+    from megatron_m3.ops.rope import rotate
     from megatron_m3.ops.select_tokens import select_tokens
 
     query = torch.zeros(1, 4, 2, 16)
@@ -39,6 +41,8 @@ def test_tensors_on_the_cpu_are_refused():
         select_tokens(query, query, torch.tensor([4]), 2, backend="triton")
     with pytest.raises(UnsupportedError, match=r"codec KLT: .*TRITON_INTERPRET.*on the CPU"):
         triton_trellis.search(torch.zeros(1, 2), torch.zeros(1, 512), [1])
+    with pytest.raises(UnsupportedError, match=r"=triton: RoPE: .*TRITON_INTERPRET.*use torch"):
+        rotate(query, Rope(16, 1e4).table(torch.arange(4)[None], torch.float32), "triton")
 
 
 def test_too_large_a_head_is_refused_by_name():

@@ -138,6 +138,29 @@ def check_weights(size, dtype, rule, device):
         assert torch.equal(one, other)
 
 
+def check_rope(size, dtype, device):
+    """Vectors that lie apart, and their gradients, have the bits of plain torch, wherever their sequences stand.
+
+    Triton's interpreter cuts off what bf16 cannot hold, where a device and torch round.
+    """
+    from megatron_m3.model.rope import Rope
+    from megatron_m3.ops.rope import rotate
+
+    (S, B, H, D), generator = size, torch.Generator().manual_seed(0)
+    fused = torch.randn(S, B, H, 2 * D + 2, generator=generator).to(device, dtype)
+    grad = torch.randn(B, S, H, D, generator=generator).to(device, dtype).transpose(0, 1)
+    for shape in ((S, 1), (1, B), (S, B)):
+        positions = torch.randint(0, 5000, shape, generator=generator).to(device)
+        table, results = Rope(D, 1e4).table(positions, dtype), []
+        for backend in ("torch", "triton"):
+            leaf = fused.clone().requires_grad_()
+            turned = rotate(leaf[..., 1 : D + 1], table, backend)
+            results.append([turned, *torch.autograd.grad(turned, leaf, grad)])
+        error = 2**-7 if (dtype, device) == (torch.bfloat16, "cpu") else 0.0
+        for plain, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, plain, rtol=error, atol=0.0)
+
+
 def check_equal_tokens(dtype, device):
     """Tokens that are equal have equal weights, so the earlier ones are kept; padding changes no bit."""
     generator = torch.Generator().manual_seed(0)

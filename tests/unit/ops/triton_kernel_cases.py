@@ -67,6 +67,15 @@ def test_equal_tokens_are_taken_by_position():
     triton_checks.check_equal_tokens(torch.bfloat16, "cpu")
 
 
+@pytest.mark.parametrize(("size", "dtype"), [
+    # positions, sequences, heads, head size
+    ((5, 2, 5, 80), torch.bfloat16), ((3, 1, 1, 16), torch.float32), ((1, 3, 40, 64), torch.float16),
+    ((2, 2, 9, 256), torch.bfloat16), ((0, 2, 4, 16), torch.float32), ((1, 1, 3, 2), torch.bfloat16),
+])
+def test_rope_has_the_bits_of_plain_torch(size, dtype):
+    triton_checks.check_rope(size, dtype, "cpu")
+
+
 @pytest.mark.parametrize(("shape", "dtype", "message"), [
     ((1, 4, 2, 16), torch.float64, "float64"), ((1, 4, 2, 264), torch.float32, r"model\.head_size=264"),
     ((1, 4, 3, 16), torch.float32, r"model\.num_kv_heads=2"),

@@ -9,6 +9,7 @@ import torch
 from megatron_m3.config import ParallelConfig
 from megatron_m3.errors import ConfigError
 from megatron_m3.platform.distributed import check_world_size
+from megatron_m3.platform.platform import local_gpu
 from tests.launcher import ROOT, run_command
 
 ON_CPU = not torch.cuda.is_available()
@@ -34,6 +35,13 @@ def test_unrelated_apex_is_refused_by_name(tmp_path):
     assert done.stderr.startswith("error: apex: ")
     assert "pip uninstall apex" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_process_takes_the_gpu_of_its_rank():
+    assert [local_gpu(str(rank), 4) for rank in range(4)] == [0, 1, 2, 3]
+    for rank in ("4", "-1", "first"):
+        with pytest.raises(ConfigError, match=f"LOCAL_RANK={rank}: this process sees 4 GPUs"):
+            local_gpu(rank, 4)
 
 
 @pytest.mark.skipif(not ON_CPU, reason="the stand-ins are for machines without CUDA")

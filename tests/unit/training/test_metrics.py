@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from megatron_m3.training.metrics import Metrics, format_count, measure_peak_tflops, step_line
+from megatron_m3.training.metrics import Metrics, format_count, known_peak, measure_peak_tflops, peak_tflops, step_line
 
 RECORD = {"step": 25, "steps": 100, "loss": 3.14159, "grad_norm": 0.5, "lr": 4e-4, "tokens_per_second": 12345.0,
           "mfu": 0.312, "seconds_left": 3725.0}
@@ -50,5 +50,14 @@ def test_tensorboard_has_the_steps(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
-def test_peak_is_measured():
+def test_peak_is_measured_where_it_is_not_known():
     assert 1e-4 < measure_peak_tflops(torch.device("cpu"), torch.float32, 0.05) < 1e3
+    assert 1e-4 < peak_tflops(torch.device("cpu"), torch.float32) < 1e3
+
+
+@pytest.mark.parametrize(("card", "peak"), [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA B200", 2250), ("Tesla T4", None),
+])
+def test_peaks_of_cards_are_their_makers(card, peak):
+    assert known_peak(card) == peak

@@ -1,0 +1,14 @@
+"""Rotary position embedding: a plain reference, and a kernel that is tested against it."""
+
+from torch import Tensor
+
+from megatron_m3.ops.rope import reference, triton_backend
+from megatron_m3.ops.rope.reference import Table, turns
+
+
+def rotate(vectors: Tensor, table: Table, backend: str = "torch") -> Tensor:
+    """See :func:`megatron_m3.ops.rope.reference.rotate`; ``backend`` triton is one pass, all others are torch's."""
+    return (triton_backend if backend == "triton" else reference).rotate(vectors, table)
+
+
+__all__ = ["Table", "rotate", "turns"]
