@@ -235,20 +235,11 @@ def main() -> None:
         for shape in CUDA_SHAPES[:2]:
             tune(shape)
         return
-    missed = False
+    met, (name, backend) = True, LIMITED[cuda]
     for shape in CUDA_SHAPES if cuda else CPU_SHAPES:
-        measured = list(rows(shape))
-        if "--record" in sys.argv:
-            results.append("attention", measured)
-        for row in measured:
-            text = (f"{row['shape']} x {row['batch']:<3} {row['what']:<16} {row['pass']:<17} p20 {row['p20_ms']:9.4f}  "
-                    f"p50 {row['p50_ms']:9.4f}  p80 {row['p80_ms']:9.4f} ms   ratio {row['ratio']:7.3f}")
-            if row["pass"] == "forward+backward" and (row["shape"], row["what"]) == LIMITED[cuda]:
-                limit = LIMIT if cuda else 1 / CPU_LIMIT
-                missed |= row["ratio"] > limit
-                text += f"   limit {limit:.3f}   {'met' if row['ratio'] <= limit else 'MISSED'}"
-            print(text, flush=True)
-    sys.exit(missed)
+        limits = {("forward+backward", backend): LIMIT if cuda else 1 / CPU_LIMIT} if shape.name == name else {}
+        met &= results.report("attention", list(rows(shape)), limits)
+    sys.exit(not met)
 
 
 if __name__ == "__main__":
