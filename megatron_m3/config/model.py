@@ -50,10 +50,11 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Share the input embedding with the output projection."""
-    attention: Literal["auto", "torch", "triton", "reference"] = "auto"
+    attention: Literal["auto", "torch", "triton", "te", "reference"] = "auto"
     """Attention backend: torch (fused library kernels, merged), triton (one kernel for trunk and memories, and
-    kept tokens chosen without matrices of scores, on CUDA), reference (plain, slow, the truth), or auto: triton
-    where it can run, else torch; a run says at its start which it is, and why."""
+    kept tokens chosen without matrices of scores, on CUDA), te (Transformer Engine's fused attention, merged, on CUDA
+    in bf16; never run on a card yet), reference (plain, slow, the truth), or auto: triton where it can run, else
+    torch; a run says at its start which it is, and why."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 * num_layers)."""
 

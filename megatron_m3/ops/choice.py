@@ -20,7 +20,10 @@ class Choice(NamedTuple):
 
 
 def choose_backend(model: ModelConfig) -> Choice:
-    """``model.attention``, or for auto the quickest that this process' device can run: triton on CUDA, else torch."""
+    """``model.attention``, or for auto the quickest that this process' device can run: triton on CUDA, else torch.
+
+    Never te: merging a library's trunk with the memories takes longer than the whole Triton pass, see docs/results.md.
+    """
     if model.attention != "auto":
         return Choice(model.attention, "")
     return decide(cuda_architecture(), model.head_size)

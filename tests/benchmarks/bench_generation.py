@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ LENGTHS = ((128, 128), (128, 320))
 """Prompt tokens and new tokens; the first pair is the paper's."""
 
 
-def make_artifacts(folder: Path) -> None:
+def make_artifacts(folder: Path, shape: Mapping[str, str] = SHAPE, num_references: int = NUM_REFERENCES) -> None:
     """Texts, tokenizer, references, embeddings, index, a random checkpoint and its bank; leaves the world."""
     from megatron_m3.model.checkpoint import save_checkpoint
     from megatron_m3.model.gpt import build_model
@@ -40,11 +41,11 @@ def make_artifacts(folder: Path) -> None:
     wordnet.main(["--output", at("texts"), "--train-entries", "20000"])
     tokenizer.main(["--input", at("texts/train.jsonl"), "--vocab-size", "8192", "--output", at("tokenizer")])
     with (folder / "texts/references.jsonl").open() as lines:
-        (folder / "references.jsonl").write_text("".join(itertools.islice(lines, NUM_REFERENCES)))
+        (folder / "references.jsonl").write_text("".join(itertools.islice(lines, num_references)))
     references.main(["--input", at("references.jsonl"), "--tokenizer", at("tokenizer"), "--output", at("references")])
     embed.main(["--references", at("references"), "--output", at("embeddings")])
     index.main(["--references", at("references"), "--embeddings", at("embeddings"), "--output", at("index")])
-    config = replace_fields(get_recipe("demo"), SHAPE)
+    config = replace_fields(get_recipe("demo"), dict(shape))
     save_checkpoint(folder / "run", 1, build_model(config), replace_fields(config, {"data.tokenizer": at("tokenizer")}))
     build_bank.main(["--checkpoint", at("run"), "--references", at("references"), "--output", at("bank")])
 
@@ -70,13 +71,13 @@ def open_engines(folder: Path) -> tuple["Engine", "Engine", "Engine"]:
     return Engine(loaded), *engines
 
 
-def prompts_of(folder: Path, engine: "Engine", length: int, first: int) -> list[list[int]]:
+def prompts_of(folder: Path, engine: "Engine", length: int, first: int, count: int = BATCH) -> list[list[int]]:
     """Token ids of texts from the corpus, other ones for every ``first``."""
     lines = (folder / "texts/train.jsonl").read_text().splitlines()
     texts = (json.loads(line)["text"] for line in lines[first:])
     tokens = (engine.loaded.tokenizer.encode(text)[:length] for text in texts)
     long_enough = (prompt for prompt in tokens if len(prompt) == length)
-    return [next(long_enough) for _ in range(BATCH)]
+    return [next(long_enough) for _ in range(count)]
 
 
 def drop_page_cache(folder: Path) -> None:

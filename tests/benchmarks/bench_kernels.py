@@ -131,17 +131,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("these kernels are timed on a CUDA device; there is none")
         return
-    missed, measured = False, list(rows(Shape(), "cuda"))
-    if "--record" in sys.argv:
-        results.append("kernels", measured)
-    for row in measured:
-        text = (f"{row['shape']} x {row['batch']} {row['pass']:<7} {row['what']:<7} p20 {row['p20_ms']:9.4f}  "
-                f"p50 {row['p50_ms']:9.4f}  p80 {row['p80_ms']:9.4f} ms   ratio {row['ratio']:7.3f}")
-        if (row["pass"], row["what"]) == ("select", "triton"):
-            missed |= row["ratio"] > SELECT_LIMIT
-            text += f"   limit {SELECT_LIMIT:.2f}   {'met' if row['ratio'] <= SELECT_LIMIT else 'MISSED'}"
-        print(text, flush=True)
-    sys.exit(missed)
+    sys.exit(not results.report("kernels", list(rows(Shape(), "cuda")), {("select", "triton"): SELECT_LIMIT}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: the torch and triton backends on their kernels, and a training step over NCCL."""
+"""What only a CUDA device can show: the backends on their kernels, and a training step over NCCL."""
 
 import itertools
 
@@ -26,7 +26,34 @@ TRITON_SIZES = [
     (1, 5, 300, 64, 4, 128, 2, 4, 1, 192),
     (1, 2, 257, 32, 8, 16, 3, 2, 2, 256),
 ]
-CASES = [*itertools.product(["torch", "triton"], SIZES), *itertools.product(["triton"], TRITON_SIZES)]
+TE_SIZES = [*SIZES, *TRITON_SIZES[:3], (2, 2, 65, 16, 4, 5, 5, 6, 3, 64), (1, 0, 63, 64, 1, 8, 1, 4, 1, 128)]
+HALF = [torch.bfloat16, torch.float16]
+CASES = [
+    *itertools.product(["torch", "triton"], SIZES, [*HALF, torch.float32]),
+    *itertools.product(["triton"], TRITON_SIZES, [*HALF, torch.float32]),
+    *itertools.product(["te"], TE_SIZES, HALF),
+]
+
+
+def why_not_te():
+    """Why Transformer Engine cannot be had; None where it can."""
+    from megatron_m3.errors import UnsupportedError
+    from megatron_m3.ops.memory_attention import te_backend
+
+    try:
+        te_backend.library()
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def backend_named(name):
+    """The backend; a test of te is skipped, with the reason, where there is none."""
+    from megatron_m3.ops.memory_attention import get_backend
+
+    if name == "te" and (reason := why_not_te()):
+        pytest.skip(reason)
+    return get_backend(name)
 
 
 def inputs(size, dtype):
@@ -46,12 +73,37 @@ def poisoned_outputs():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("backend", "size"), CASES)
+@pytest.mark.parametrize(("backend", "size", "dtype"), CASES)
 def test_error_is_at_most_twice_that_of_the_plain_version(backend, size, dtype, poisoned_outputs):
-    from megatron_m3.ops.memory_attention import get_backend
+    assert_close(backend_named(backend), size, dtype, *inputs(size, dtype))
 
-    assert_close(get_backend(backend), size, dtype, *inputs(size, dtype))
+
+@pytest.mark.parametrize("backend", ["torch", "te"])
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[1]])
+def test_tensors_may_lie_with_the_sequence_first(backend, size):
+    """As the model has them; te then takes another layout of cuDNN's."""
+    tensors, valid, grad = inputs(size, torch.bfloat16)
+    *tensors, grad = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (*tensors, grad))
+    assert_close(backend_named(backend), size, torch.bfloat16, tensors, valid, grad)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "te"])
+def test_memories_that_are_all_empty_change_nothing(backend):
+    size = SIZES[0]
+    tensors, valid, grad = inputs(size, torch.bfloat16)
+    empty = torch.zeros_like(valid)
+    assert_close(backend_named(backend), size, torch.bfloat16, tensors, empty, grad)
+    gradients = run(backend_named(backend), size, tensors, empty, grad)[4:]
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_te_refuses_heads_that_cudnn_does_not_take():
+    from megatron_m3.errors import UnsupportedError
+
+    backend, size = backend_named("te"), (1, 0, 16, 8, 2, 2, 1, 2, 1, 20)
+    tensors, valid, _ = inputs(size, torch.bfloat16)
+    with pytest.raises(UnsupportedError, match=r"model\.attention=te: no fused attention for 2/1 heads of 20"):
+        backend.memory_attention(*tensors, valid, prefix_length=0, chunk_length=8, window=1)
 
 
 @pytest.mark.parametrize("size", [SIZES[1], (4, *SIZES[1][1:])])
@@ -62,17 +114,17 @@ def test_triton_gives_the_same_bits_every_time(size):
     assert all(torch.equal(one, other) for again in others for one, other in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("backend", "dtype"), [
+    *itertools.product(["torch", "triton"], [torch.bfloat16, torch.float32]), *itertools.product(["te"], HALF)])
 def test_reference_attention_and_its_gradients(backend, dtype):
-    from megatron_m3.ops.memory_attention import get_backend, reference
+    from megatron_m3.ops.memory_attention import reference
 
     torch.manual_seed(0)
     N, P, T, H, G, D = 6, 4, 128, 10, 2, 80
     shapes = [(N, T, H, D), (N, T, G, D), (N, T, G, D), (N, P, G, D), (N, P, G, D)]
     tensors, grad = [torch.randn(shape, device="cuda") for shape in shapes], torch.randn(N, T, H, D, device="cuda")
     results = []
-    for function, kind in ((get_backend(backend), dtype), (reference, dtype), (reference, torch.float64)):
+    for function, kind in ((backend_named(backend), dtype), (reference, dtype), (reference, torch.float64)):
         leaves = [tensor.to(dtype).to(kind).requires_grad_() for tensor in tensors]
         out = function.reference_attention(*leaves)
         results.append([out, *torch.autograd.grad(out, leaves, grad.to(dtype).to(kind))])
@@ -89,8 +141,10 @@ def test_a_joint_pass_over_nccl_trains(dtype):
         from megatron_m3.model.gpt import build_model, training_forward
 
         assert platform.backend == "nccl"
-        losses = {}
-        for backend in ("torch", "triton", "reference"):
+        losses, backends = {}, ["torch", "triton", "reference"]
+        if dtype == "bf16" and not why_not_te():
+            backends.append("te")
+        for backend in backends:
             settings = replace_fields(config, {"model.attention": backend})
             model = build_model(settings)[0]
             generator = torch.Generator().manual_seed(0)
@@ -104,5 +158,5 @@ def test_a_joint_pass_over_nccl_trains(dtype):
             loss.backward()
             assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
             losses[backend] = loss.item()
-        for backend in ("torch", "triton"):
+        for backend in set(backends) - {"reference"}:
             assert losses[backend] == pytest.approx(losses["reference"], rel=2e-2 if dtype == "bf16" else 1e-5)

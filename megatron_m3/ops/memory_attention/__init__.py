@@ -3,9 +3,9 @@
 from types import ModuleType
 
 from megatron_m3.errors import UnsupportedError
-from megatron_m3.ops.memory_attention import reference, torch_backend, triton_backend
+from megatron_m3.ops.memory_attention import reference, te_backend, torch_backend, triton_backend
 
-BACKENDS = {"reference": reference, "torch": torch_backend, "triton": triton_backend}
+BACKENDS = {"reference": reference, "te": te_backend, "torch": torch_backend, "triton": triton_backend}
 
 
 def get_backend(name: str) -> ModuleType:
