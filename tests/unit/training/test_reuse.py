@@ -14,7 +14,7 @@ from megatron_m3.platform.distributed import parallel_world
 from tests.reused_batches import reused_batches
 
 PREFIX, STEPS = [1, 7, 9], 4
-BYTES = 2 * 4 * (2 * 2 * 32 * 4 + 1)
+BYTES = 2 * 4 * (2 * 2 * 16 * 4 + 1)
 """Of one memory of the tiny recipe in fp32, in its two memory layers."""
 
 
@@ -25,25 +25,19 @@ def tiny(**overrides):
                                                         for key, value in overrides.items()})
 
 
-@pytest.fixture(scope="module")
-def train():
-    """``train(rate, **overrides)``: what every step said; and the machinery."""
+def train(rate, batches=None, **overrides):
+    """What every step said, and the memories that are held after the last one."""
     torch.set_num_threads(1)
     select()
     from megatron_m3.training.schedule import gradient_in_references
     from megatron_m3.training.setup import build_machinery
     from megatron_m3.training.step import training_step
 
-    with parallel_world(tiny().parallel, 1) as platform:
-        def run(rate, batches=None, **overrides):
-            config = tiny(**overrides)
-            machinery = build_machinery(config, platform, PREFIX)
-            read = batches or reused_batches(config, STEPS)
-            return [training_step(machinery, read, rate,
-                                  reference_gradient=gradient_in_references(step, config.training))
-                    for step in range(STEPS)], machinery
-
-        yield run
+    config = tiny(**overrides)
+    with parallel_world(config.parallel, 1) as platform:
+        machinery, read = build_machinery(config, platform, PREFIX), batches or reused_batches(config, STEPS)
+        return [training_step(machinery, read, rate, reference_gradient=gradient_in_references(step, config.training))
+                for step in range(STEPS)], machinery.memories
 
 
 def losses(steps):
@@ -56,9 +50,9 @@ def norms(steps):
 
 @pytest.mark.parametrize("overrides", [
     {}, {"parallel__recompute": "true"}, {"training__reference_gradient_every": 2}, {"memory__layers": "1,3"},
-    {"training__reuse_bytes": 5 * BYTES, "parallel__recompute": "true"}, {"memory__heads": "0:1;1:0"},
+    {"training__reuse_bytes": 16 * BYTES, "parallel__recompute": "true"}, {"memory__heads": "0:1;1:0"},
     {"training__micro_batch": 2}])
-def test_memories_of_weights_that_stay_are_as_good_as_new(train, overrides):
+def test_memories_of_weights_that_stay_are_as_good_as_new(overrides):
     plain, _ = train(0.0, **overrides)
     reused, _ = train(0.0, **{"training__reuse_memories": 100} | overrides)
     assert losses(reused) == pytest.approx(losses(plain), abs=1e-6)
@@ -66,7 +60,7 @@ def test_memories_of_weights_that_stay_are_as_good_as_new(train, overrides):
     assert sum(step.reused for step in reused) > 5
 
 
-def test_what_never_comes_again_trains_as_if_nothing_was_held(train):
+def test_what_never_comes_again_trains_as_if_nothing_was_held():
     plain, _ = train(1e-3)
     different = (
         {name: tensor + 1000 * number * (tensor >= 0) if name == "reference_ids" else tensor
@@ -77,7 +71,7 @@ def test_what_never_comes_again_trains_as_if_nothing_was_held(train):
     assert not any(step.reused for step in held)
 
 
-def test_weights_that_move_leave_memories_behind(train):
+def test_weights_that_move_leave_memories_behind():
     plain, _ = train(1e-3)
     same_step, _ = train(1e-3, training__reuse_memories=1)
     reused, _ = train(1e-3, training__reuse_memories=2)
@@ -86,10 +80,10 @@ def test_weights_that_move_leave_memories_behind(train):
     assert abs(losses(reused)[1] - losses(plain)[1]) > 1e-5
 
 
-def test_within_a_step_only_the_gradient_changes(train):
+def test_within_a_step_only_the_gradient_changes():
     """Two micro-batches alike: the second one reads what the first one wrote."""
     batch = next(reused_batches(tiny(), 1))
-    twice = dict(training__global_batch=2, batches=itertools.repeat(batch))
+    twice = {"training__global_batch": 2, "batches": itertools.repeat(batch)}
     plain, _ = train(1e-3, **twice)
     reused, _ = train(1e-3, training__reuse_memories=1, **twice)
     assert reused[0].loss == pytest.approx(plain[0].loss, abs=1e-6)
@@ -98,10 +92,10 @@ def test_within_a_step_only_the_gradient_changes(train):
 
 
 @pytest.mark.parametrize("recompute", ["true", "false"])
-def test_held_memories_are_constants(train, recompute):
+def test_held_memories_are_constants(recompute):
     """A step that encodes nothing has the gradient of one whose references have none."""
     batch = next(reused_batches(tiny(), 1))
-    options = dict(training__global_batch=1, parallel__recompute=recompute, batches=itertools.repeat(batch))
+    options = {"training__global_batch": 1, "parallel__recompute": recompute, "batches": itertools.repeat(batch)}
     spared, _ = train(0.0, training__reference_gradient_every=0, **options)
     reused, _ = train(0.0, training__reuse_memories=100, **options)
     assert [step.encoded > 0 for step in reused] == [True, False, False, False]
@@ -109,14 +103,14 @@ def test_held_memories_are_constants(train, recompute):
     assert abs(norms(reused)[0] - norms(spared)[0]) > 1e-4
 
 
-def test_the_table_stays_within_its_bytes(train):
+def test_the_table_stays_within_its_bytes():
     plain, _ = train(0.0)
-    steps, machinery = train(0.0, training__reuse_memories=100, training__reuse_bytes=5 * BYTES + 7)
-    held = [part for kept in machinery.memories.table._layers.values() for part in kept]
+    steps, memories = train(0.0, training__reuse_memories=100, training__reuse_bytes=5 * BYTES + 7)
+    held = [part for kept in memories.table._layers.values() for part in kept]
     assert sum(part.nbytes for part in held) == 5 * BYTES
     assert losses(steps) == pytest.approx(losses(plain), abs=1e-6)
     _, all_of_them = train(0.0, training__reuse_memories=100)
-    roomy = [part for kept in all_of_them.memories.table._layers.values() for part in kept]
+    roomy = [part for kept in all_of_them.table._layers.values() for part in kept]
     assert sum(part.nbytes for part in roomy) > 20 * BYTES
 
 
@@ -174,7 +168,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(run):
     assert ratio < 0.98 * other
 
 
-def test_fewer_kept_tokens_than_before_start_anew(train):
+def test_fewer_kept_tokens_than_before_start_anew():
     from megatron_m3.training.reuse import MemoryStore
 
     config = tiny(training__reuse_memories=9, training__global_batch=1)
@@ -188,7 +182,7 @@ def test_bytes_are_those_of_the_stage_that_holds_most():
     assert (held_layers(config), memory_bytes(config, 4, 2), num_slots(config, 4, 1)) == ([2], BYTES, 6)
     halves = replace_fields(config, {"parallel.tensor": "2", "parallel.pipeline": "2", "parallel.split": "1,3"})
     assert held_layers(halves) == [1, 1]
-    assert memory_bytes(halves, 4, 1) == 4 * (2 * 32 * 4 + 1)
+    assert memory_bytes(halves, 4, 1) == 4 * (2 * 16 * 4 + 1)
     # no more than two steps can read: 2 * 4 sequences of 4 chunks
     assert num_slots(replace_fields(config, {"training.reuse_memories": "2", "training.reuse_bytes": "99999999"}),
                      4, 1) == 33
