@@ -28,7 +28,7 @@ REUSED = {"memory.layers": "0,2", "training.reuse_memories": "3", "training.refe
 MEMORY_BYTES = 4 * (2 * 2 * 16 * 4 + 1)
 """Of a memory in one layer."""
 FEW = REUSED | {"training.reuse_bytes": str(13 * 2 * MEMORY_BYTES)}
-"""Room for 12, so that slots change hands while passes wait for their backward pass."""
+"""Room for 12, so that slots change hands."""
 DEEP = {"model.num_layers": "6"}
 """The references pass through the first three layers, so that two stages are planned to have 2 and 4."""
 

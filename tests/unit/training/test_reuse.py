@@ -103,6 +103,24 @@ def test_held_memories_are_constants(recompute):
     assert abs(norms(reused)[0] - norms(spared)[0]) > 1e-4
 
 
+def test_a_recomputed_layer_reads_what_it_read_and_writes_no_more():
+    from megatron_m3.model.held_memories import HeldMemories, MemoryTable
+
+    def kept(*numbers):
+        part = torch.tensor(numbers, dtype=torch.float32)
+        return part.reshape(-1, 1, 1, 1), -part.reshape(-1, 1, 1, 1), part[:, None] > 1
+
+    table = MemoryTable(3)
+    table.write(0, torch.tensor([0, 1]), kept(1, 2))
+    held = HeldMemories(table=table, read_H=torch.tensor([1]), write_M=torch.tensor([0, -1]))
+    first = held.join(0, kept(3, 4))
+    assert first[0].flatten().tolist() == [3, 4, 2]
+    assert first[2].flatten().tolist() == [True, True, True]
+    table.write(0, torch.tensor([0, 1]), kept(5, 6))
+    assert all(map(torch.equal, held.join(0, kept(3, 4)), first))
+    assert table.read(0, torch.tensor([0, 1]))[1].flatten().tolist() == [-5, -6]
+
+
 def test_the_table_stays_within_its_bytes():
     plain, _ = train(0.0)
     steps, memories = train(0.0, training__reuse_memories=100, training__reuse_bytes=5 * BYTES + 7)
