@@ -186,6 +186,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(run):
     assert ratio < 0.98 * other
 
 
+def test_memories_of_weights_that_diverged_are_dropped(run):
+    """A learning rate of 30 really diverges; a thousandth of it does not."""
+    _, records = run(training__stage="continual", training__steps=4, training__global_batch=4, training__micro_batch=4,
+                     training__reuse_memories=100, optimizer__lr=30, optimizer__clip_grad=0, schedule__style="constant",
+                     schedule__warmup_fraction=0, guard__spike_steps=2, guard__min_history=1, guard__lr_factor=0.001,
+                     checkpoint__every=100)
+    [event] = [record for record in records if "event" in record]
+    steps = [record for record in records if "event" not in record]
+    assert event["from"] > event["to"] == 0
+    assert [record["reused"] > 0 for record in steps] == [False, True, True, True]
+
+
 def test_fewer_kept_tokens_than_before_start_anew():
     from megatron_m3.training.reuse import MemoryStore
 
