@@ -31,4 +31,3 @@ def num_slots(config: Config, num_kept: int, data_size: int) -> int:
     training = config.training
     read = training.reuse_memories * (training.global_batch // data_size) * config.num_references
     return min(training.reuse_bytes // memory_bytes(config, num_kept, max(held_layers(config))), read + 1)
-

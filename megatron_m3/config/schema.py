@@ -234,3 +234,8 @@ class Config:
         """References that are encoded for a training sequence of the continual stage."""
         chunks = self.data.sequence_length // self.memory.chunk_length
         return min(self.data.references_per_sequence or chunks, chunks)
+
+    @property
+    def reuses_memories(self) -> bool:
+        """Whether training holds memories for later steps."""
+        return self.training.reuse_memories > 0 and self.training.stage == "continual"

@@ -109,7 +109,7 @@ def _stage(config: Config, split: Sequence[int], stage: int, time: PipelineTime,
 
 
 def _held_bytes(config: Config, stage: int, data_size: int) -> int:
-    if not config.training.reuse_memories or config.training.stage == "warmup":
+    if not config.reuses_memories:
         return 0
     kept = config.memory.num_kept_tokens
     return num_slots(config, kept, data_size) * memory_bytes(config, kept, held_layers(config)[stage])

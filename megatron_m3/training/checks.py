@@ -29,7 +29,7 @@ def check_run(config: Config, world_size: int) -> None:
             "reference tokens of a sequence (memory.reference_length for each of its references); "
             "change one, or set parallel.sequence=false"
         )
-    if training.reuse_memories:
+    if config.reuses_memories:
         _check_room(config)
 
 

@@ -77,13 +77,12 @@ def build_machinery(
         chunk.train()
     optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
     prepare_optimizer(optimizer, config)
-    reuses = config.training.reuse_memories > 0 and config.training.stage == "continual"
     data_size = parallel_state.get_data_parallel_world_size()
     return Machinery(
         config=config, platform=platform, chunks=chunks, models=models, optimizer=optimizer,
         prefix=torch.tensor(prefix_ids, dtype=torch.int64, device=platform.device),
         data_rank=parallel_state.get_data_parallel_rank(), data_size=data_size,
-        memories=MemoryStore(config, data_size) if reuses else None,
+        memories=MemoryStore(config, data_size) if config.reuses_memories else None,
     )
 
 
