@@ -40,8 +40,8 @@ class DataConfig:
     encode_once: bool = True
     """Encode a reference once for all chunks of a micro-batch that read it; loss and gradients stay the same."""
     expected_repeats: float = 0.0
-    """Share of the references that plans take to be repeats, which encode_once does not encode; the step line tells the
-    share."""
+    """Share of the references that plans take not to be encoded: repeats, and with training.reuse_memories those that
+    are reused; the step line tells both shares."""
     max_overlap: float = 0.9
     """References with a larger overlap (eq. 6) with the training sequence are dropped."""
     seed: int = 1234
@@ -121,13 +121,19 @@ class TrainingConfig:
     reference_gradient_every: int = 1
     """Steps from one whose gradient flows through the references to the next; in those between them memories are
     read as they are, and their references have no backward pass. 0: in no step."""
+    reuse_memories: int = 0
+    """Steps in which a memory is read once it is written, instead of encoding its reference again; it is then as old as
+    that, and has no gradient. 1: in the later micro-batches of its own step alone; 0: each is encoded anew."""
+    reuse_bytes: int = 2**30
+    """Most bytes of memories that a process holds for that; those that were not read for longest go first."""
     init_from: str = ""
     """Checkpoint whose weights the run starts from (continual starts from a warmup checkpoint)."""
 
     def __post_init__(self) -> None:
         check_range("training", self, 1, math.inf, "steps", "global_batch", "micro_batch")
         check_range("training", self, 0, MAX_SEED, "seed")
-        check_range("training", self, 0, math.inf, "frozen_layers", "reference_gradient_every")
+        check_range("training", self, 0, math.inf, "frozen_layers", "reference_gradient_every",
+                    "reuse_memories", "reuse_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +216,8 @@ class Config:
                 f"data.sequence_length={self.data.sequence_length}: must be a multiple of "
                 f"memory.chunk_length={self.memory.chunk_length}"
             )
+        if self.training.reuse_memories and not self.data.encode_once:
+            raise ConfigError(f"training.reuse_memories={self.training.reuse_memories}: needs data.encode_once=true")
         check_parallel(self)
 
     @property
@@ -227,3 +235,8 @@ class Config:
         """References that are encoded for a training sequence of the continual stage."""
         chunks = self.data.sequence_length // self.memory.chunk_length
         return min(self.data.references_per_sequence or chunks, chunks)
+
+    @property
+    def reuses_memories(self) -> bool:
+        """Whether training holds memories for later steps."""
+        return self.training.reuse_memories > 0 and self.training.stage == "continual"

@@ -18,7 +18,7 @@ from megatron_m3.references import ReferenceStore
 from megatron_m3.retrieval.overlap import exceeds_overlap
 from megatron_m3.tokenizer import Tokenizer
 
-REFERENCE_ARRAYS = ("references", "reference_lengths", "chunk_references")
+REFERENCE_ARRAYS = ("references", "reference_lengths", "chunk_references", "reference_ids")
 
 
 class Run(NamedTuple):
@@ -75,7 +75,7 @@ class TrainingDataset:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of a micro-batch's arrays; a sequence has also the ids of its references."""
+        """Names of the arrays of a sequence and of a micro-batch."""
         return ("context", "labels", "loss_mask", *(REFERENCE_ARRAYS if self.references else ()))
 
     def __len__(self) -> int:
@@ -111,8 +111,7 @@ class TrainingDataset:
         kept_ids[:count], places[chunks] = ids[chunks], np.arange(count)
         found = self.references.tokens(ids[chunks])
         references[:count, : self.references.reference_length], lengths[:count] = found
-        arrays = dict(zip(REFERENCE_ARRAYS, (references, lengths, places), strict=True))
-        return arrays | {"reference_ids": kept_ids}
+        return dict(zip(REFERENCE_ARRAYS, (references, lengths, places, kept_ids), strict=True))
 
     def runs(self, index: int) -> Iterator[Run]:
         """The documents' chunks that sequence ``index`` is made of, in order."""

@@ -22,27 +22,37 @@ def stack_sequences(sequences: list[Arrays], config: Config) -> Arrays:
     batch = {name: np.stack([sequence[name] for sequence in sequences]) for name in sequences[0]}
     if "references" not in batch:
         return batch
-    ids_BN, places = batch.pop("reference_ids"), batch["chunk_references"]
+    ids_BN, places = batch["reference_ids"], batch["chunk_references"]
     first_B1 = np.arange(len(ids_BN))[:, None] * ids_BN.shape[1]
     batch["chunk_references"] = np.where(places < 0, -1, places + first_B1)
-    return _once(batch, ids_BN, config) if config.data.encode_once else batch
-
-
-def _once(batch: Arrays, ids_BN: np.ndarray, config: Config) -> Arrays:
-    B, R = len(ids_BN), config.memory.reference_length
+    if not config.data.encode_once:
+        return batch
     there = np.flatnonzero(ids_BN.ravel() >= 0)
     _, first_M, number = np.unique(ids_BN.ravel()[there], return_index=True, return_inverse=True)
+    numbers = np.full(ids_BN.size, -1)
+    numbers[there] = number
+    return pack_references(batch, there[first_M], numbers, config)
+
+
+def pack_references(batch: Arrays, kept_M: np.ndarray, numbers: np.ndarray, config: Config, least: int = 1) -> Arrays:
+    """The micro-batch with some of its references alone, in as few places of every sequence as they need.
+
+    Args:
+        batch: arrays of :func:`stack_sequences`.
+        kept_M: places of the references that stay, counted through all sequences.
+        numbers: what chunks shall call the reference of each place, ``[B * N]``; those that stay are 0, 1, ….
+        config: of the run.
+        least: places of a sequence, if there is nothing to keep.
+    """
+    B, R = len(batch["references"]), config.memory.reference_length
     ranks = config.parallel.tensor if config.parallel.sequence else 1
     unit = ranks // math.gcd(R, ranks)
-    count = unit * max(1, -(-len(first_M) // (B * unit)))
-    new_places = np.full(ids_BN.size + 1, -1)  # the last one is that of no reference
-    new_places[there] = number
-    packed = {"chunk_references": new_places[batch["chunk_references"]]}
-    for name in ("references", "reference_lengths"):
-        rows = batch[name].reshape(ids_BN.size, -1)
-        packed[name] = np.zeros((B * count, rows.shape[1]), rows.dtype)
-        packed[name][: len(first_M)] = rows[there[first_M]]
-    return batch | packed | {
-        "references": packed["references"].reshape(B, count, R),
-        "reference_lengths": packed["reference_lengths"].reshape(B, count),
-    }
+    count = unit * max(least, -(-len(kept_M) // (B * unit)))
+    # the last one is that of no reference
+    packed = {"chunk_references": np.append(numbers, -1)[batch["chunk_references"]]}
+    for name, empty in (("references", 0), ("reference_lengths", 0), ("reference_ids", -1)):
+        shape = batch[name].shape
+        rows = np.full((B * count, *shape[2:]), empty, batch[name].dtype)
+        rows[: len(kept_M)] = batch[name].reshape(-1, *shape[2:])[kept_M]
+        packed[name] = rows.reshape(B, count, *shape[2:])
+    return batch | packed

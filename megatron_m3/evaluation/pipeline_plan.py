@@ -6,6 +6,7 @@ from itertools import accumulate
 
 from megatron_m3.config import Config, stage_layers
 from megatron_m3.config.pipeline_time import PipelineTime, most_held, pipeline_time
+from megatron_m3.config.reuse import held_layers, memory_bytes, num_slots
 from megatron_m3.config.split import chunk_costs, even_layers, part_costs
 from megatron_m3.errors import ConfigError
 from megatron_m3.evaluation.cost import TFLOP, columns, format_bytes
@@ -35,6 +36,8 @@ class StagePlan:
     optimizer_bytes: int
     activation_bytes: int
     """Most that is kept for backward passes at once; what kernels use while they run is not counted."""
+    held_bytes: int
+    """Memories that are held for later steps (training.reuse_memories)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,15 @@ def _stage(config: Config, split: Sequence[int], stage: int, time: PipelineTime,
         waits=1 - time.busy[stage] / time.total,
         weight_bytes=weights * (2 if half else 4), gradient_bytes=trained * 4, optimizer_bytes=optimizer,
         activation_bytes=_activation_bytes(config, split, stage, micro_batches),
+        held_bytes=_held_bytes(config, stage, data_size),
     )
+
+
+def _held_bytes(config: Config, stage: int, data_size: int) -> int:
+    if not config.reuses_memories:
+        return 0
+    kept = config.memory.num_kept_tokens
+    return num_slots(config, kept, data_size) * memory_bytes(config, kept, held_layers(config)[stage])
 
 
 def _parameters(config: Config, layers: Sequence[int], stage: int) -> tuple[int, int]:
@@ -230,6 +241,8 @@ def plan_table(config: Config, plan: PipelinePlan) -> str:
     if plan.split != plan.even_split:
         lines.append(f"Beside the even split {_numbers(plan.even_split)}: slowest stage {plan.slowest_to_even:.3f}, "
                      f"step {plan.time_to_even:.3f} of its time; there they wait {_percent(plan.even_bubble)}.")
+    if held := max(stage.held_bytes for stage in plan.stages):
+        lines.append(f"For later steps a process holds memories of up to {format_bytes(held)}.")
     lines.append("Bytes are those of one process. Embedding, norms, optimizer and messages are taken to cost no time.")
     return "\n".join([*lines, *plan.advice])
 

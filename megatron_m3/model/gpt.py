@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_m3.config import Config, stage_layers
 from megatron_m3.errors import ConfigError
 from megatron_m3.model.attention import AttentionPlan
+from megatron_m3.model.held_memories import HeldMemories, MemoryTable
 from megatron_m3.model.layers import block_spec
 from megatron_m3.model.layout import JointLayout
 from megatron_m3.model.reference_pass import pass_references
@@ -145,7 +146,7 @@ def logits(model: torch.nn.Module, tokens_BS: Tensor, plan: AttentionPlan, vocab
 
 def training_forward(
     model: torch.nn.Module, batch: dict[str, Tensor], config: Config, prefix: Tensor,
-    num_kept_tokens: int | None = None, reference_gradient: bool = True,
+    num_kept_tokens: int | None = None, reference_gradient: bool = True, table: MemoryTable | None = None,
 ) -> Tensor:
     """One pass over a micro-batch: per-token losses ``[B, S]`` on the last pipeline stage, hidden states elsewhere.
 
@@ -153,11 +154,14 @@ def training_forward(
         model: this process's model chunk.
         batch: context and labels ``[B, S]``; in the continual stage also references ``[B, N, R]``, reference_lengths
             ``[B, N]`` (0 = missing) and, unless chunk c has reference c, chunk_references ``[B, C]``: which of the
-            B * N each chunk has, -1 for none.
+            B * N each chunk has, -1 for none; with ``table`` also slots of the memories that are read from it,
+            read_slots ``[H]``, which chunks count after the references, and those for the references, write_slots
+            ``[B * N]``. N may then be 0.
         config: of the run.
         prefix: token ids of the prefix ``[P]``; read only where the batch has references.
         num_kept_tokens: tokens kept of a full reference, where the config's ``memory.tokens`` is not meant.
         reference_gradient: whether the gradient flows through the references.
+        table: memories of earlier passes.
     """
     context, labels = batch["context"], batch["labels"]
     B, S = context.shape
@@ -174,9 +178,11 @@ def training_forward(
     layout = JointLayout(
         config=config, prefix_length=P, context_length=S + padding.shape[1], reference_lengths_BN=lengths,
         chunk_references_BC=batch.get("chunk_references"), num_kept_tokens=num_kept_tokens,
+        held=None if table is None else HeldMemories(
+            table=table, read_H=batch["read_slots"], write_M=batch["write_slots"]),
     )
     passed = None
-    if lengths is not None and not reference_gradient:
+    if references.shape[1] and not reference_gradient:
         layout, passed = pass_references(model, references, prefix_BP, layout)
         references = references[:, :0]
     out = model(

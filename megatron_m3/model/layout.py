@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_m3.config import Config, ModelConfig
+from megatron_m3.model.held_memories import HeldMemories, Kept
 from megatron_m3.model.rope import Rope
 from megatron_m3.model.selection import local_memory_heads, select_in_layer
 from megatron_m3.ops.choice import choose_backend
@@ -70,11 +71,14 @@ class JointLayout:
     reference_lengths_BN: Tensor | None
     """Tokens of each reference, 0 where it is missing; None where no rows are references."""
     chunk_references_BC: Tensor | None = None
-    """Which of the M references each chunk has, -1 for none; by default chunk c has its sequence's reference c."""
+    """Which of the M references each chunk has, and after them of the held ones, -1 for none; by default chunk c has
+    its sequence's reference c."""
     num_kept_tokens: int | None = None
     """Tokens kept of a full reference for each key-value head; by default the config's."""
     memories: dict[int, Memories] = field(default_factory=dict)
     """What memory layers read where references are not among the rows."""
+    held: HeldMemories | None = None
+    """Memories of earlier passes that chunks read, and where those of this pass go."""
 
     @property
     def num_reference_rows(self) -> int:
@@ -92,7 +96,7 @@ class JointLayout:
         head = self.num_reference_rows if layer <= last else 0
         references, trunk = self.rotated(head, query_SBHD, key_SBGD, value_SBGD)
         memories = self.memories.get(layer)
-        if head and layer in self.config.memory_layers:
+        if (head or self.held) and layer in self.config.memory_layers:
             memories = self.choose(layer, query_SBHD[:head], key_SBGD[:head], *references[1:])
         out_TBHD = self.attend_in_trunk(trunk, memories).transpose(0, 1)
         if not head or layer == last:
@@ -126,8 +130,21 @@ class JointLayout:
 
     def choose(
         self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, rotated_key_BSGD: Tensor, value_BSGD: Tensor
-    ) -> Memories:
-        """The memories that chunks have in a memory layer, from the rows that hold references."""
+    ) -> Memories | None:
+        """The memories that chunks have in a memory layer: from the rows that hold references, and held ones."""
+        kept = self._select(layer, query_SBHD, key_SBGD, rotated_key_BSGD, value_BSGD) if len(key_SBGD) else None
+        if self.held is not None:
+            kept = self.held.join(layer, kept)
+        if kept is None:
+            return None
+        key, value, valid_BCK = self._by_chunk(*kept)
+        heads_G = local_memory_heads(self.config, layer, valid_BCK.device)
+        return key, value, valid_BCK if heads_G is None else valid_BCK[..., None] & heads_G
+
+    def _select(
+        self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, rotated_key_BSGD: Tensor, value_BSGD: Tensor
+    ) -> Kept:
+        """The kept tokens of each reference among the rows."""
         assert self.reference_lengths_BN is not None
         indices_MGK, valid_MK = select_in_layer(
             self.config, layer,
@@ -138,9 +155,7 @@ class JointLayout:
         )
         index_MKGD = indices_MGK.transpose(1, 2)[..., None].expand(-1, -1, -1, key_SBGD.shape[-1])
         kept_key, kept_value = (self._split(rows).gather(1, index_MKGD) for rows in (rotated_key_BSGD, value_BSGD))
-        key, value, valid_BCK = self._by_chunk(kept_key, kept_value, valid_MK)
-        heads_G = local_memory_heads(self.config, layer, valid_BCK.device)
-        return key, value, valid_BCK if heads_G is None else valid_BCK[..., None] & heads_G
+        return kept_key, kept_value, valid_MK
 
     def _by_chunk(self, key_MKGD: Tensor, value_MKGD: Tensor, valid_MK: Tensor) -> Memories:
         """The memories in the order of the chunks, with empty ones for chunks that have none."""

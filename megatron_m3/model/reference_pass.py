@@ -33,7 +33,9 @@ class ReferencePass(JointLayout):
         head = self.num_reference_rows
         references, trunk = self.rotated(head, query_SBHD, key_SBGD, value_SBGD)
         if layer in self.config.memory_layers:
-            self.memories[layer] = self.choose(layer, query_SBHD[:head], key_SBGD[:head], *references[1:])
+            memories = self.choose(layer, query_SBHD[:head], key_SBGD[:head], *references[1:])
+            assert memories is not None, "a pass without references"
+            self.memories[layer] = memories
         return references, trunk
 
 
@@ -53,7 +55,7 @@ def pass_references(
         stage, None after the last memory layer.
     """
     core: GPTModel = unwrap_model(model)
-    alone = replace(layout, reference_lengths_BN=None, chunk_references_BC=None)
+    alone = replace(layout, reference_lengths_BN=None, chunk_references_BC=None, held=None)
     offset, last = get_transformer_layer_offset(core.config, vp_stage=core.vp_stage), layout.config.memory_layers[-1]
     if offset > last:
         return alone, None

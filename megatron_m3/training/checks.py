@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_m3.config import Config
+from megatron_m3.config.reuse import held_layers, memory_bytes
 from megatron_m3.errors import ConfigError
 from megatron_m3.platform.distributed import check_world_size
 
@@ -27,6 +28,19 @@ def check_run(config: Config, world_size: int) -> None:
             f"parallel.sequence=true: parallel.tensor={parallel.tensor} must divide the {num_reference_tokens} "
             "reference tokens of a sequence (memory.reference_length for each of its references); "
             "change one, or set parallel.sequence=false"
+        )
+    if config.reuses_memories:
+        _check_room(config)
+
+
+def _check_room(config: Config) -> None:
+    """Refuse a table of held memories without room for one, beside the slot of those that find none."""
+    kept = config.memory.reference_length if config.memory.curriculum else config.memory.num_kept_tokens
+    size = max(memory_bytes(config, kept, layers) for layers in held_layers(config))
+    if config.training.reuse_bytes < 2 * size:
+        raise ConfigError(
+            f"training.reuse_bytes={config.training.reuse_bytes}: must be at least {2 * size}, two memories of "
+            f"{size} bytes; or set training.reuse_memories=0"
         )
 
 

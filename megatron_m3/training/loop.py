@@ -189,7 +189,9 @@ class Loop:
         work = ReferenceWork(read=result.read / training.global_batch, encoded=result.encoded / training.global_batch,
                              gradient=gradient)
         flops = step_flops(self.config, prefix_length=len(self.machinery.prefix), work=work).total
-        repeats = {"repeats": 1 - result.encoded / max(result.read, 1)} if training.stage == "continual" else {}
+        read = max(result.read, 1)
+        shares = {"repeats": 1 - (result.encoded + result.reused) / read} if training.stage == "continual" else {}
+        shares |= {"reused": result.reused / read} if self.machinery.memories is not None else {}
         self.metrics.step({
             "step": self.state.step,
             "steps": training.steps,
@@ -197,7 +199,7 @@ class Loop:
             "grad_norm": result.grad_norm,
             "lr": rate,
             "tokens": result.tokens,
-            **repeats,
+            **shares,
             "sequences": self.state.position,
             "seconds": seconds,
             "tokens_per_second": training.global_batch * self.config.data.sequence_length / seconds,
@@ -211,15 +213,22 @@ class Loop:
     def _save(self) -> None:
         self.state.guard = self.guard.state
         save_run(self.machinery, self.state, self.hashes, good=not self.guard.pending)
+        self._drop_memories()
         self.saved_step = self.state.step
         if self.first:
             remove_checkpoints(self.output, self.config.checkpoint.keep)
+
+    def _drop_memories(self) -> None:
+        """Hold none beside a checkpoint, so that the run goes on from it alike, whether it was stopped or not."""
+        if self.machinery.memories is not None:
+            self.machinery.memories.drop()
 
     def _roll_back(self, result: StepResult) -> None:
         """Return to the last good checkpoint; skip the sequences since the suspicion arose, at a lower rate."""
         left, folder = self.state.step, self._last_trusted_checkpoint()
         skipped = self.guard.roll_back(self.state.position)
         self.state = load_run(self.machinery, folder, self.hashes)
+        self._drop_memories()
         self.guard.restore(self.state.guard)
         self.saved_step, self.reader_position = self.state.step, -1
         if not self.first:

@@ -26,11 +26,11 @@ def format_count(number: float) -> str:
 def step_line(record: dict[str, Any]) -> str:
     """One step as a line for people, from the record that goes to metrics.jsonl."""
     share = 100 * record["step"] / record["steps"]
-    repeats = f"repeats {100 * record['repeats']:.0f}% | " if "repeats" in record else ""
+    shares = "".join(f"{name} {100 * record[name]:.0f}% | " for name in ("repeats", "reused") if name in record)
     return (
         f"step {record['step']}/{record['steps']} {share:3.0f}% | loss {record['loss']:.4f} | "
         f"grad norm {record['grad_norm']:.3f} | rate {record['lr']:.2e} | "
-        f"{repeats}{format_count(record['tokens_per_second'])} tokens/s | MFU {100 * record['mfu']:.1f}% | "
+        f"{shares}{format_count(record['tokens_per_second'])} tokens/s | MFU {100 * record['mfu']:.1f}% | "
         f"{format_seconds(record['seconds_left'])} left"
     )
 

@@ -17,11 +17,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron_m3.config import Config
 from megatron_m3.model.gpt import DTYPES, build_model
 from megatron_m3.platform import Platform
+from megatron_m3.training.reuse import MemoryStore
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machinery:
-    """All that a training step uses; the weights and optimizer states inside change, the parts do not."""
+    """All that a training step uses; the weights, optimizer states and memories inside change, the parts do not."""
 
     config: Config
     """Settings of the run."""
@@ -39,6 +40,8 @@ class Machinery:
     """Index of this process among those that share the batch."""
     data_size: int
     """Processes that share the batch."""
+    memories: MemoryStore | None = None
+    """Memories held for later steps, where the run reuses any."""
 
     @property
     def num_micro_batches(self) -> int:
@@ -76,10 +79,12 @@ def build_machinery(
         chunk.train()
     optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
     prepare_optimizer(optimizer, config)
+    data_size = parallel_state.get_data_parallel_world_size()
     return Machinery(
         config=config, platform=platform, chunks=chunks, models=models, optimizer=optimizer,
         prefix=torch.tensor(prefix_ids, dtype=torch.int64, device=platform.device),
-        data_rank=parallel_state.get_data_parallel_rank(), data_size=parallel_state.get_data_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(), data_size=data_size,
+        memories=MemoryStore(config, data_size) if config.reuses_memories else None,
     )
 
 

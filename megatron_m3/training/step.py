@@ -38,6 +38,8 @@ class StepResult:
     """Chunks that have a reference."""
     encoded: int
     """References that were encoded for them."""
+    reused: int
+    """References of micro-batches whose memories were held."""
     request: int
     """Largest request of any process, as given to :func:`training_step`."""
 
@@ -57,7 +59,7 @@ def training_step(
         reference_gradient: whether the gradient flows through the references in this step.
     """
     config, device = machinery.config, machinery.platform.device
-    batches = _read(micro_batches, machinery.num_micro_batches, device)
+    batches = _read(machinery, micro_batches, num_kept_tokens)
     for chunk in machinery.chunks:
         chunk.zero_grad_buffer()
     machinery.optimizer.zero_grad()
@@ -74,18 +76,21 @@ def training_step(
     for group in machinery.optimizer.param_groups:
         group["lr"] = rate
     _, grad_norm, _ = machinery.optimizer.step()
-    (total, tokens, read, encoded), asked = _agree(sums, batches, request, device)
+    (total, tokens, read, encoded, reused), asked = _agree(sums, batches, request, device)
     return StepResult(
         loss=total / max(tokens, 1), grad_norm=float(grad_norm), tokens=int(tokens), read=int(read),
-        encoded=int(encoded), request=asked,
+        encoded=int(encoded), reused=int(reused), request=asked,
     )
 
 
-def _read(micro_batches: Iterator[Batch], count: int, device: torch.device) -> list[Batch]:
+def _read(machinery: Machinery, micro_batches: Iterator[Batch], num_kept_tokens: int | None) -> list[Batch]:
     try:
-        read = [next(micro_batches) for _ in range(count)]
+        read = [next(micro_batches) for _ in range(machinery.num_micro_batches)]
     except M3Error as error:
         raise ReadingError(str(error)) from error
+    if machinery.memories is not None:
+        read = machinery.memories.next_step(read, num_kept_tokens)
+    device = machinery.platform.device
     return [{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} for batch in read]
 
 
@@ -95,7 +100,10 @@ def _forward(
 ) -> tuple[Tensor, Any]:
     """The schedule's forward step: output of this chunk, and how the last stage turns it into a loss."""
     batch = next(batches)
-    out = training_forward(chunk, batch, machinery.config, machinery.prefix, num_kept_tokens, reference_gradient)
+    table = None if machinery.memories is None else machinery.memories.table
+    out = training_forward(
+        chunk, batch, machinery.config, machinery.prefix, num_kept_tokens, reference_gradient, table
+    )
     return out, partial(_sum_loss, batch["loss_mask"])
 
 
@@ -108,24 +116,25 @@ def _sum_loss(mask_BS: Tensor, loss_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def _agree(
     sums: list[Tensor], batches: list[Batch], request: int, device: torch.device
 ) -> tuple[list[float], int]:
-    """Summed loss, tokens, references read and encoded, and the largest request, over all processes.
+    """Summed loss, tokens, references read, encoded and reused, and the largest request, over all processes.
 
     The loss is known to the last pipeline stage only, and to each tensor-parallel process there alike.
     """
-    shared = torch.zeros(4 + dist.get_world_size(), dtype=torch.float64, device=device)
+    shared = torch.zeros(5 + dist.get_world_size(), dtype=torch.float64, device=device)
     if sums and parallel_state.get_tensor_model_parallel_rank() == 0:
         shared[:2] = torch.stack(sums).sum(0)
-        shared[2:4] = torch.stack([_count_references(batch) for batch in batches]).sum(0)
-    shared[4 + dist.get_rank()] = request
+        shared[2:5] = torch.stack([_count_references(batch) for batch in batches]).sum(0)
+    shared[5 + dist.get_rank()] = request
     dist.all_reduce(shared)
     found = shared.tolist()
-    return found[:4], int(max(found[4:]))
+    return found[:5], int(max(found[5:]))
 
 
 def _count_references(batch: Batch) -> Tensor:
-    """Chunks of a micro-batch that have a reference, and references that are encoded, ``[2]``."""
+    """Chunks of a micro-batch that have a reference, references that are encoded, and held memories, ``[3]``."""
     if "references" not in batch:
-        return batch["context"].new_zeros(2)
+        return batch["context"].new_zeros(3)
     encoded = batch["reference_lengths"] > 0
     read = batch["chunk_references"] >= 0 if "chunk_references" in batch else encoded
-    return torch.stack([read.sum(), encoded.sum()])
+    held = torch.tensor(len(batch.get("read_slots", ())), device=read.device)
+    return torch.stack([read.sum(), encoded.sum(), held])

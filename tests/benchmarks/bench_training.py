@@ -4,7 +4,8 @@
 
 Every round takes one step of each model, so that drift of the machine cancels; medians of processor time are compared.
 The plain model is megatron-core's GPTModel as it comes: its local layer spec, its rotary embedding, its
-DotProductAttention. A spared step has no gradient through the references; in a halved one two chunks share each.
+DotProductAttention. A spared step has no gradient through the references; in a halved one two chunks share each; in a
+reused one the memories of all are held.
 """
 
 import statistics
@@ -74,6 +75,7 @@ def batches(config: Config, readers: int = 1) -> Iterator[dict[str, torch.Tensor
         batch["references"] = torch.randint(3, config.model.vocab_size, size, generator=generator)
         batch["reference_lengths"] = torch.full(size[:2], config.memory.reference_length)
         batch["chunk_references"] = torch.arange(B * chunks).reshape(B, chunks) // readers
+        batch["reference_ids"] = torch.arange(size[0] * size[1]).reshape(size[:2])
     while True:
         yield batch
 
@@ -87,6 +89,7 @@ def main() -> None:
     from megatron_m3.training.step import training_step
 
     warmup, continual = shape("warmup"), shape("continual")
+    reusing = replace_fields(continual, {"training.reuse_memories": "1000", "training.reuse_bytes": str(2**24)})
     with parallel_world(warmup.parallel, 1) as platform:
         with_memory = build_machinery(continual, platform, PREFIX)
         trained = {
@@ -96,6 +99,7 @@ def main() -> None:
             "spared": (with_memory, batches(continual), False),
             "halved": (with_memory, batches(continual, 2), True),
             "both": (with_memory, batches(continual, 2), False),
+            "reused": (build_machinery(reusing, platform, PREFIX), batches(reusing), True),
         }
         seconds: dict[str, list[float]] = {name: [] for name in trained}
         losses: dict[str, float] = {}
@@ -116,7 +120,8 @@ def report(median: dict[str, float], warmup: Config, continual: Config) -> None:
           f"{'met' if ratio <= WARMUP_LIMIT else 'MISSED'}")
     chunks, base = continual.num_references, step_flops(warmup).total
     half = chunks / 2
-    steps = {"continual": (chunks, 1.0), "spared": (chunks, 0.0), "halved": (half, 1.0), "both": (half, 0.0)}
+    steps = {"continual": (chunks, 1.0), "spared": (chunks, 0.0), "halved": (half, 1.0), "both": (half, 0.0),
+             "reused": (0, 1.0)}
     for name, (encoded, gradient) in steps.items():
         work = ReferenceWork(read=chunks, encoded=encoded, gradient=gradient)
         flops = step_flops(continual, prefix_length=len(PREFIX), work=work).total / base

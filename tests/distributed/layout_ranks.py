@@ -11,6 +11,7 @@ import torch
 from megatron_m3.config import Config, get_recipe, replace_fields
 from megatron_m3.platform import select
 from megatron_m3.platform.distributed import initialize_parallel, shut_down
+from tests.reused_batches import reused_batches
 
 BASE = {"training.stage": "continual", "training.global_batch": "4", "training.micro_batch": "1"}
 STEPS = 4
@@ -40,6 +41,9 @@ def make_batch(config: Config, step: int) -> dict[str, torch.Tensor]:
 def micro_batches(config: Config, data_rank: int, data_size: int) -> Iterator[dict[str, torch.Tensor]]:
     """This process's share of every global batch, in micro-batches."""
     size = config.training.micro_batch
+    if config.training.reuse_memories:
+        yield from reused_batches(config, STEPS, data_rank, data_size)
+        return
     for step in range(STEPS):
         batch = make_batch(config, step)
         if config.training.stage == "warmup":
@@ -65,7 +69,8 @@ def run_layout(overrides: dict[str, str]) -> dict[str, Any]:
     results = [training_step(machinery, batches, 1e-3,
                              reference_gradient=gradient_in_references(step, config.training)) for step in range(STEPS)]
     parallel_state.destroy_model_parallel()
-    return {"initial": initial, "steps": [[result.loss, result.grad_norm, result.tokens] for result in results]}
+    return {"initial": initial, "steps": [[result.loss, result.grad_norm, result.tokens] for result in results],
+            "reused": [result.reused for result in results]}
 
 
 def main() -> None:

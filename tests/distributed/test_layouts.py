@@ -23,6 +23,12 @@ HEADS = {"memory.heads": "0:1;1:0"}
 """Of two tensor-parallel ranks the first has no memory head in layer 0, the second none in layer 1."""
 FROZEN = OTHER | {"training.frozen_layers": "1"}
 SPARED = OTHER | {"training.reference_gradient_every": "2"}
+REUSED = {"memory.layers": "0,2", "training.reuse_memories": "3", "training.reference_gradient_every": "2"}
+"""The first of two stages holds the memories of one layer, the second those of the other."""
+MEMORY_BYTES = 4 * (2 * 2 * 16 * 4 + 1)
+"""Of a memory in one layer."""
+FEW = REUSED | {"training.reuse_bytes": str(13 * 2 * MEMORY_BYTES)}
+"""Room for 12, so that slots change hands."""
 DEEP = {"model.num_layers": "6"}
 """The references pass through the first three layers, so that two stages are planned to have 2 and 4."""
 
@@ -39,6 +45,8 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "heads": HEADS,
         "deep": DEEP,
         "spared": SPARED,
+        "reused": REUSED,
+        "few reused": FEW,
     },
     2: {
         "TP2": TENSOR,
@@ -66,6 +74,10 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "spared TP2 sequence recompute": SPARED | SEQUENCE | RECOMPUTE,
         "spared PP2": SPARED | PIPELINE,
         "spared PP2 interleaved": SPARED | INTERLEAVED,
+        "reused TP2 sequence recompute": REUSED | SEQUENCE | RECOMPUTE,
+        "reused DP2": REUSED,
+        "few reused PP2 recompute": FEW | PIPELINE | RECOMPUTE | {"training.reuse_bytes": str(13 * MEMORY_BYTES)},
+        "reused PP2 interleaved": REUSED | INTERLEAVED,
         "PP2 interleaved uneven": INTERLEAVED | {"parallel.split": "0,2,1,1"},
     },
     4: {
@@ -73,6 +85,7 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "TP2xPP2 sequence": SEQUENCE | PIPELINE,
         "PP2xDP2 distributed optimizer": PIPELINE | SHARDED,
         "spared TP2xPP2 sequence": SPARED | SEQUENCE | PIPELINE,
+        "reused TP2xPP2 sequence recompute": REUSED | SEQUENCE | PIPELINE | RECOMPUTE,
         "TP2xPP2 sequence interleaved": SEQUENCE | INTERLEAVED,
         "PP4": {"parallel.pipeline": "4"},
     },
@@ -92,7 +105,8 @@ def results(tmp_path_factory):
 
 def baseline(name: str) -> str:
     """The run on one process that a layout must equal."""
-    bases = ("warmup", "memory to the last layer", "tied", "other family", "frozen", "heads", "deep", "spared")
+    bases = ("warmup", "memory to the last layer", "tied", "other family", "frozen", "heads", "deep", "spared",
+             "reused", "few reused")
     return next((base for base in bases if name.startswith(base)), "alone")
 
 
@@ -109,6 +123,7 @@ def test_steps_equal_those_of_one_process(results, ranks, name):
     assert len(found["steps"]) == 4
     for step, true_step in zip(found["steps"], expected["steps"], strict=True):
         assert step == pytest.approx(true_step, abs=1e-5), "loss, gradient norm, tokens"
+    assert found["reused"] == expected["reused"]
 
 
 def test_memories_and_stages_make_a_difference(results):
@@ -121,3 +136,6 @@ def test_memories_and_stages_make_a_difference(results):
     # the second step is the first without a gradient through the references
     assert results["spared"]["steps"][1][0] == results["other family"]["steps"][1][0]
     assert results["spared"]["steps"][2][0] != results["other family"]["steps"][2][0]
+    many, few = (sum(results[name]["reused"]) for name in ("reused", "few reused"))
+    assert many > few > 0
+    assert results["reused"]["steps"][-1][0] != results["few reused"]["steps"][-1][0]

@@ -117,7 +117,7 @@ def test_warmup_has_no_references_and_needs_none(small):
 
 
 def test_names_are_those_of_the_arrays(dataset):
-    assert tuple(dataset[0]) == (*dataset.names, "reference_ids")
+    assert tuple(dataset[0]) == dataset.names
 
 
 @pytest.mark.parametrize("name", ["tokens", "references", "neighbours", "tokenizer"])

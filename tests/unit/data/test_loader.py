@@ -51,7 +51,7 @@ def test_a_batch_is_what_the_dataset_holds(config, dataset, loader):
     assert batch["context"].shape == (2, 32)
     assert batch["references"].shape == (2, 4, 16)
     assert {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in batch.items()} == {
-        name: str(array.dtype) for name, array in dataset[0].items() if name != "reference_ids"}
+        name: str(array.dtype) for name, array in dataset[0].items()}
 
 
 @pytest.mark.parametrize(("micro_batch", "ranks"), [(1, 1), (1, 4), (2, 2), (4, 2), (8, 1)])
