@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.embeddings import Embeddings
-from data_tools.shared_work import STAGES, Workers, stages
+from data_tools.shared_work import STAGES, Workers, clear_refused, stages
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import (
@@ -213,12 +213,9 @@ def build(options: Options, settings: dict[str, Any], inputs: dict[str, str], em
     output = Path(options.output)
     work = IndexBuild(options, settings["factory"], embeddings,
                       {"kind": KIND, "schema": SCHEMA, "inputs": inputs, "settings": settings})
-    with stages(output / STAGES, lambda: is_made(output, inputs, settings)), Workers(options.workers) as workers:
-        try:
-            workers.run("index, training", work.trained, [work.num_trained_on()], "vectors", work.train)
-        except ConfigError:
-            shutil.rmtree(output, ignore_errors=True)
-            raise
+    finished = stages(output / STAGES, lambda: is_made(output, inputs, settings))
+    with clear_refused(output), finished, Workers(options.workers) as workers:
+        workers.run("index, training", work.trained, [work.num_trained_on()], "vectors", work.train)
         workers.run("index, encoding", work.encoded, embeddings.sizes, "vectors", work.encode)
         workers.run("index, merging", work.output, [embeddings.count], "vectors", work.merge)
         info = work.output.read_info(0)

@@ -99,6 +99,7 @@ class BlockFolder:
             ArtifactError: the folder holds blocks of another job, or its record of the job is damaged.
         """
         self.folder = Path(folder)
+        self._checked: set[int] = set()
         if not self.is_begun(self.folder, job):
             self._begin(job)
             self.is_begun(self.folder, job)  # not another one, that began at the same time
@@ -147,6 +148,24 @@ class BlockFolder:
             return False
         recorded = self.entry(index)
         return recorded["bytes"] == path.stat().st_size and (not checksum or hash_file(path) == recorded)
+
+    def checked(self, index: int) -> Path:
+        """The path of block ``index``; a process's first use of it reads it whole, to compare its SHA-256.
+
+        Raises:
+            ArtifactError: it is not what was written; see :meth:`damaged`.
+        """
+        path = self.folder / self.name(index)
+        if index not in self._checked and hash_file(path) != self.entry(index):
+            raise self.damaged(index, path)
+        self._checked.add(index)
+        return path
+
+    def damaged(self, index: int, path: Path) -> ArtifactError:
+        """The error that a file of block ``index`` is damaged; the block counts as not written from now on."""
+        self.discard(index)
+        return ArtifactError(f"{path}: damaged since it was written; run the same command again: it makes this block "
+                             "anew")
 
     def discard(self, index: int) -> None:
         """Let block ``index`` count as not written: its record goes, and with it what :meth:`done` says."""
