@@ -20,7 +20,6 @@ from megatron_m3.manifest import (
     BlockFolder,
     Manifest,
     atomic_path,
-    block_name,
     hash_file,
     is_finished,
     map_block,
@@ -113,7 +112,7 @@ class IndexBuild:
         import numpy as np
 
         if self._loaded is None:
-            block = map_block(self.trained.folder / block_name(0))
+            block = map_block(self.trained.checked(0))
             self._loaded = faiss.deserialize_index(np.array(block["index"])), np.array(block["queries"])
         return self._loaded
 
@@ -136,7 +135,7 @@ class IndexBuild:
     def parts(self, name: str) -> Iterator["np.ndarray"]:
         """An array of every block that :meth:`encode` wrote."""
         for index in range(len(self.embeddings.sizes)):
-            yield map_block(self.encoded.folder / block_name(index))[name]
+            yield map_block(self.encoded.checked(index))[name]
 
     def merge(self, index: int) -> None:
         """The whole output but for its manifest: the index filled and tuned, by one thread."""

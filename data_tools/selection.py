@@ -17,7 +17,7 @@ import numpy as np
 from data_tools.documents import BATCH, Corpus
 from data_tools.shared_work import STAGES, Workers
 from megatron_m3.errors import ConfigError, DataError
-from megatron_m3.manifest import BlockFolder, atomic_path, block_name, hash_file, map_block
+from megatron_m3.manifest import BlockFolder, atomic_path, hash_file, map_block
 
 NOT_FOUND = "not_found.txt"
 """File in the output: the listed ids that no document has."""
@@ -109,7 +109,7 @@ class Selection:
         """Hashes of the listed ids, S16, ascending; None where there is no list."""
         if not self.select.ids:
             return None
-        return map_block(self.folder.folder / block_name(0))["ids"].reshape(-1).view("S16")
+        return map_block(self.folder.checked(0))["ids"].reshape(-1).view("S16")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "listed"}

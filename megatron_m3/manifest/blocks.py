@@ -21,6 +21,8 @@ JOB = "job.json"
 DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
           "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 """numpy's names of safetensors' types."""
+CHECK = "check"
+"""Field of a block's record: SHA-256 of the others."""
 OPEN_BLOCKS = 256
 """Most blocks mapped at a time."""
 
@@ -190,7 +192,8 @@ class BlockFolder:
         path = self.folder / self.name(index)
         with atomic_path(path) as temporary:
             yield temporary
-        record = hash_file(path) | {"info": dict(info)}
+        record = json.loads(json.dumps(hash_file(path) | {"info": dict(info)}))
+        record[CHECK] = hash_json(record)
         with atomic_path(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(record, sort_keys=True) + "\n")
 
@@ -214,4 +217,8 @@ class BlockFolder:
 
     def _record(self, index: int) -> dict[str, Any]:
         path = (self.folder / self.name(index)).with_suffix(".json")
-        return _read_json(path, {"bytes", "sha256", "info"}, "a record of a block; remove it and run the job again")
+        otherwise = "a record of a block; remove it and run the job again"
+        record = _read_json(path, {"bytes", "sha256", "info"}, otherwise)
+        if record.pop(CHECK, None) not in (None, hash_json(record)):
+            raise ArtifactError(f"{path}: damaged, not {otherwise}")
+        return record

@@ -16,6 +16,7 @@ from megatron_m3.manifest import BlockFolder, Manifest, write_manifest
 from megatron_m3.platform.threads import one_faiss_thread
 from megatron_m3.retrieval import VectorIndex
 from megatron_m3.retrieval.tfidf import train_tfidf
+from tests.damage import flip_after
 
 COUNT, SIZE, BLOCK = 1000, 16, 300
 INPUTS = {"references": "0" * 64}
@@ -147,6 +148,27 @@ def test_damaged_vectors_are_refused_by_name(embeddings, tmp_path):
     with pytest.raises(ArtifactError, match=r"block_000002\.safetensors: checksum differs"):
         build(options_for(tmp_path / "index"), Embeddings(tmp_path / "damaged", INPUTS["references"]))
     assert not (tmp_path / "index" / "manifest.json").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(embeddings, tmp_path_factory):
+    """An index made without trouble."""
+    folder = tmp_path_factory.mktemp("whole") / "index"
+    build(options_for(folder), embeddings)
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "file", "place"), [
+    ("train", "block_000000", "index"), ("encode", "block_000002", "codes"), ("encode", "block_000001", -1),
+])
+def test_a_flipped_byte_of_a_stage_is_found_and_made_anew(embeddings, whole, tmp_path, monkeypatch, stage, file, place):
+    with monkeypatch.context() as patched:
+        flip_after(patched, stage, f"{file}.safetensors", place)
+        with pytest.raises(ArtifactError, match=rf"{stage}/{file}\.safetensors: damaged.*run the same command again"):
+            build(options_for(tmp_path / "index"), embeddings)
+    assert not (tmp_path / "index" / "manifest.json").exists()
+    build(options_for(tmp_path / "index"), embeddings)
+    assert contents(tmp_path / "index") == contents(whole)
 
 
 def test_too_few_vectors_to_train_leave_nothing(embeddings, tmp_path):
