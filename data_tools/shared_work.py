@@ -89,11 +89,11 @@ def stages(folder: Path, is_made: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def clear_refused(output: Path) -> Iterator[None]:
+def clear_refused(output: Path, refusal: type[M3Error] = ConfigError) -> Iterator[None]:
     """The length of a job that may find that it cannot be done: then ``output`` goes with the last process in it."""
     try:
         yield
-    except ConfigError:
+    except refusal:
         if not any(_is_shared(Path(folder)) for folder, *_ in os.walk(output) if folder.endswith(CLAIMS)):
             shutil.rmtree(output, ignore_errors=True)
         raise

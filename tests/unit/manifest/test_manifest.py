@@ -21,6 +21,7 @@ from megatron_m3.manifest import (
     read_manifest,
     write_manifest,
 )
+from tests.launcher import ended_process
 
 INPUTS, SETTINGS = {"tokenizer": "ab" * 32}, {"length": 128}
 
@@ -192,12 +193,9 @@ def test_two_processes_that_write_one_folder_do_not_mix(tmp_path: Path, setting:
 
 
 def test_what_dead_processes_left_of_a_folder_goes_and_what_others_write_stays(tmp_path: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=int)
-    process.start()
-    process.join()
-    host, folder = os.uname().nodename, tmp_path / "index"
-    left = [f".index.{host}.{process.pid}.tmp", f".index.{host}.{os.getpid()}.tmp"]
-    kept = [f".index.{host}.{os.getppid()}.tmp", f".index.other.{process.pid}.tmp", f".other.{host}.{process.pid}.tmp",
+    host, dead, folder = os.uname().nodename, ended_process(), tmp_path / "index"
+    left = [f".index.{host}.{dead}.tmp", f".index.{host}.{os.getpid()}.tmp"]
+    kept = [f".index.{host}.{os.getppid()}.tmp", f".index.other.{dead}.tmp", f".other.{host}.{dead}.tmp",
             f".index.{host}.x.tmp"]
     for name in [*left, *kept]:
         (tmp_path / name).mkdir()
