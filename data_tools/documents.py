@@ -45,7 +45,8 @@ def find_files(names: Sequence[str]) -> list[Path]:
         if path.is_dir() and (made := _artifact(path)):
             files += [path / file for file in made.files if file.endswith(SUFFIXES)]
         elif path.is_dir():
-            files += sorted(one for one in path.iterdir() if one.name.endswith(SUFFIXES) and one.name != SKIPPED)
+            files += sorted(one for one in path.iterdir()
+                            if one.name.endswith(SUFFIXES) and one.name != SKIPPED and not one.is_dir())
         elif not path.is_file():
             raise DataError(f"{path}: no such file")
         elif not path.name.endswith(SUFFIXES):

@@ -95,9 +95,8 @@ def checksum(arrays: Iterable[np.ndarray]) -> int:
 
 def row_checksums(rows: np.ndarray, signatures: np.ndarray) -> np.ndarray:
     """uint32 [N]: a CRC-32 of each document's row and signature."""
-    width, data = signatures.itemsize * signatures.shape[1], memoryview(np.ascontiguousarray(signatures)).cast("B")
-    found = (zlib.crc32(data[place * width : (place + 1) * width], row) for place, row in enumerate(rows.tolist()))
-    return np.fromiter(found, np.uint32, len(rows))
+    pairs = zip(np.ascontiguousarray(signatures), rows.tolist(), strict=True)
+    return np.fromiter((zlib.crc32(signature.data, row) for signature, row in pairs), np.uint32, len(rows))
 
 
 def exact_pairs(runs: Runs, first_documents: np.ndarray, part: int) -> np.ndarray:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from megatron_m3.tokenizer import Tokenizer
 
+MAX_LENGTH = 1 << 16
+"""Longest reference: every one takes as much room on disk."""
 ROWS = 4096
 """References that are handed to the writer at a time."""
 
@@ -53,6 +55,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.reference_length < 8:
             raise ConfigError(f"reference_length={self.reference_length}: must be at least 8")
+        if self.reference_length > MAX_LENGTH:
+            raise ConfigError(f"reference_length={self.reference_length}: must be at most {MAX_LENGTH:,}")
         for name in ("block_size", "block_megabytes", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -141,7 +145,7 @@ def write_block(folder: BlockFolder, rows: CorpusRows, options: Options, index: 
     """Write a block of references."""
     from megatron_m3.references import pack_block
 
-    found = rows.read(index * options.block_size, (index + 1) * options.block_size)
+    found = rows.read(index * options.block_size, min(len(rows), (index + 1) * options.block_size))
     columns = {name: found.column(name).combine_chunks() for name in found.column_names}
     arrays = pack_block(flat(columns["tokens"]), flat(columns["text"]), flat(columns["document"]),
                         columns["first_token"].to_numpy(), options.reference_length)
