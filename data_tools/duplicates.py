@@ -23,7 +23,7 @@ LEAST_JOINED = 1 << 18
 ROUNDS = 64
 """Most documents of a bucket that others are compared with."""
 HEADER_BYTES = 1 << 12
-"""More than the header of a run takes."""
+"""More than the header of a block takes."""
 EMPTY = np.zeros((0, 2), np.int64)
 
 
