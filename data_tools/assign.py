@@ -58,12 +58,16 @@ def read_named(files: Sequence[Path]) -> Named:
     """
     named: Named = {}
     for path in files:
-        with path.open(encoding="utf-8") as stream:
+        with path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
                 try:
-                    record: Any = json.loads(line)
+                    record: Any = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
                     document, references = record["id"], record.get("references", [])
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    document = None
+                if document is None:
                     raise DataError(f"{path}, line {number}: not a JSON object with an id") from None
                 if not isinstance(references, list) or not all(isinstance(one, str | None) for one in references):
                     raise DataError(f"{path}, line {number}: references is not a list of ids or null")
@@ -81,7 +85,10 @@ def reference_ids(references: "ReferenceStore") -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for number in range(len(references)):
-        name = references.source(number)[0]
+        name, first_token = references.source(number)
+        if name in found and not first_token:
+            raise ArtifactError(f"{references.folder}: two documents are called {name}; give each an id of its own and "
+                                "make the references again")
         if name in found:
             raise ArtifactError(
                 f"{references.folder}: document {name} is cut into several references; shorten it, "

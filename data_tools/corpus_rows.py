@@ -5,22 +5,25 @@ grows neither with the corpus nor with a file that cannot be divided. Rows and t
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_tools.documents import BATCH, SKIPPED, Corpus
+from data_tools.documents import BATCH, SKIPPED, Corpus, Skipped
 from data_tools.records import Document
 from data_tools.shared_work import STAGES, Workers
 from megatron_m3.errors import ArtifactError
-from megatron_m3.manifest import BlockFolder, atomic_path
+from megatron_m3.manifest import BlockFolder, atomic_path, hash_file
 
 if TYPE_CHECKING:
     import pyarrow
 
+SCHEMA = 2
+"""Version of the blocks and of what lies beside them."""
+FOUND = "found.npy"
+"""File beside a block: places of its documents in the list of a selection."""
 type Batches = Iterable[tuple[Document, ...]]
 type Make = Callable[[Batches], Iterable["pyarrow.RecordBatch"]]
 """Makes rows of documents; it can be pickled."""
@@ -44,7 +47,7 @@ class CorpusRows:
         """``output`` is the folder of the artifact that ``job`` makes, ``schema`` that of the rows."""
         self.corpus, self.output, self.schema, self._make = corpus, output, schema, make
         self.plan = corpus.plan(block_bytes)
-        settings = {"kind": f"{job['kind']}, rows", "block_bytes": block_bytes}
+        settings = {"kind": f"{job['kind']}, rows", "schema": SCHEMA, "block_bytes": block_bytes}
         self.folder = RowFolder(output / STAGES / "rows", dict(job) | settings)
 
     def make(self, label: str, workers: Workers) -> None:
@@ -54,27 +57,39 @@ class CorpusRows:
         infos = list(self.folder.info(len(self.plan)))
         self._firsts = np.cumsum([0, *(info["rows"] for info in infos)])
         self.corpus.documents = sum(info["documents"] for info in infos)
-        self.corpus.skipped = [json.loads(line) for index in range(len(self.plan))
-                               for line in self._skipped(index).read_text().splitlines()]
+        self.corpus.selected = sum(info["selected"] for info in infos)
+        self.corpus.skipped = SkippedInBlocks(self, infos)
+
+    def places(self) -> Iterator[np.ndarray]:
+        """Places of documents in the list of the corpus' selection, block by block."""
+        for index in range(len(self.plan)):
+            yield np.load(self.beside(index, FOUND))
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
     def write(self, index: int) -> None:
-        """Write the rows of a block, and what was left out of its documents."""
+        """Write the rows of a block, and beside it what was left out of its documents."""
         from pyarrow import ipc
 
         if (self.output / "manifest.json").exists():
             raise ArtifactError(f"{self.output}: another process has finished it")
-        part, rows, info = self.corpus.part(self.plan[index]), 0, dict[str, Any]()
+        rows, info = 0, dict[str, Any]()
         with self.folder.writing(index, info) as path:
-            with path.open("wb") as sink, ipc.new_file(sink, self.schema) as writer:
-                for batch in self._make(itertools.batched(part, BATCH)):
-                    writer.write_batch(batch)
-                    rows += len(batch)
-            with atomic_path(self._skipped(index)) as skipped:
-                skipped.write_text("".join(json.dumps(entry) + "\n" for entry in part.skipped))
-            info |= {"documents": part.documents, "rows": rows}
+            with atomic_path(self._path_beside(index, SKIPPED)) as aside, aside.open("w+") as stream:
+                part = self.corpus.part(self.plan[index], stream)
+                with path.open("wb") as sink, ipc.new_file(sink, self.schema) as writer:
+                    for batch in self._make(itertools.batched(part, BATCH)):
+                        writer.write_batch(batch)
+                        rows += len(batch)
+            beside = [SKIPPED]
+            if self.corpus.selection is not None:
+                with atomic_path(self._path_beside(index, FOUND)) as aside, aside.open("wb") as found:
+                    np.save(found, np.unique(np.concatenate(part.places)))
+                beside.append(FOUND)
+            info |= {"documents": part.documents, "selected": part.selected, "rows": rows,
+                     "reasons": dict(part.skipped.reasons),
+                     "beside": {name: hash_file(self._path_beside(index, name)) for name in beside}}
 
     def batches(self) -> Iterator["pyarrow.RecordBatch"]:
         """All rows, as they were made."""
@@ -90,14 +105,41 @@ class CorpusRows:
         found = pyarrow.concat_tables(self._open(index) for index in range(first, min(last, len(self.plan))))
         return found.slice(start - self._firsts[first], stop - start)
 
+    def beside(self, index: int, name: str) -> Path:
+        """A file that was written beside a block, whose checksum is compared.
+
+        Raises:
+            ArtifactError: it is not what was written.
+        """
+        path, written = self._path_beside(index, name), self.folder.read_info(index)["beside"][name]
+        if hash_file(path) != written:
+            raise self.folder.damaged(index, path)
+        return path
+
     def _open(self, index: int) -> "pyarrow.Table":
         import pyarrow
         from pyarrow import ipc
 
-        return ipc.open_file(pyarrow.memory_map(str(self.folder.folder / self.folder.name(index)))).read_all()
+        return ipc.open_file(pyarrow.memory_map(str(self.folder.checked(index)))).read_all()
 
-    def _skipped(self, index: int) -> Path:
-        return self.folder.folder / f"{index:06d}_{SKIPPED}"
+    def _path_beside(self, index: int, name: str) -> Path:
+        return self.folder.folder / f"{index:06d}_{name}"
+
+
+class SkippedInBlocks(Skipped):
+    """What was set aside in all blocks, read from their files."""
+
+    def __init__(self, rows: CorpusRows, infos: Iterable[Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.rows = rows
+        for info in infos:
+            self.reasons.update(info["reasons"])
+
+    def lines(self) -> Iterator[str]:
+        """See :class:`Skipped`."""
+        for index in range(len(self.rows.plan)):
+            with self.rows.beside(index, SKIPPED).open() as stream:
+                yield from stream
 
 
 def token_rows(tokens: Sequence[list[int]], dtype: type[np.generic]) -> "pyarrow.LargeListArray":

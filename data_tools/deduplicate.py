@@ -7,7 +7,7 @@ people to look at.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from data_tools.shared_work import Do, Workers, stages
 from data_tools.words import split_words
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
-from megatron_m3.manifest import BlockFolder, atomic_path
+from megatron_m3.manifest import BlockFolder, atomic_path, map_block
 
 SHOWN_GROUPS, SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 30, 4, 300
+STAGE_SCHEMA = 2
+"""Version of the stages' blocks."""
 STAGES = ("hash", "exact", "sign", "near", "group")
 
 
@@ -88,10 +90,15 @@ class Deduplication:
             "group": 1,
         }
         self.folder = output.folder / "stages"
+        job = job | {"schema": STAGE_SCHEMA}
         self.stages = {name: BlockFolder(self.folder / name, job | {"kind": f"documents, {name}"}) for name in STAGES}
+        self.runs = {stage: Runs(self.stages[stage], len(store.sizes), self.num_parts[parts])
+                     for stage, parts in (("hash", "exact"), ("sign", "near"))}
 
-    def _runs(self, stage: str) -> Runs:
-        return Runs(self.folder / stage, self.num_parts.get(stage, len(self.store.sizes)))
+    def _pairs(self, stage: str) -> Iterator[dict[str, np.ndarray]]:
+        """Documents that repeat and those that they repeat, as a stage found them, part by part."""
+        for part in range(self.num_parts[stage]):
+            yield map_block(self.stages[stage].checked(part))
 
     def hash(self, index: int) -> None:
         """128-bit hashes of the words of a block's documents, sorted."""
@@ -104,19 +111,18 @@ class Deduplication:
         halves = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
         order = np.argsort(halves[:, 0], kind="stable")
         key, rest = halves[order].T
-        self.stages["hash"].write(index, {"key": key, "rest": rest, "row": order.astype(np.uint32)})
+        self.runs["hash"].write(index, {"key": key, "rest": rest, "row": order.astype(np.uint32)})
 
     def exact(self, index: int) -> None:
         """Exact repeats, of a part of the hashes."""
-        pairs = exact_pairs(self._runs("hash"), self.first_documents, index, self.num_parts["exact"])
+        pairs = exact_pairs(self.runs["hash"], self.first_documents, index)
         self.stages["exact"].write(index, {"document": pairs[:, 0], "first": pairs[:, 1]})
 
     def _repeats(self, stage: str, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of a block that a stage found to repeat, in order, and the number of the document that each repeats."""
         first, last = self.first_documents[index], self.first_documents[index] + self.store.sizes[index]
-        runs = self._runs(stage)
         found = [(run["document"][here] - first, run["first"][here].copy())
-                 for run in map(runs.__getitem__, range(runs.num_blocks))
+                 for run in self._pairs(stage)
                  for here in [slice(*np.searchsorted(run["document"], (first, last)))]]
         rows, firsts = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.argsort(rows)
@@ -139,19 +145,18 @@ class Deduplication:
         signed, values = (np.concatenate(column) for column in zip(*found, strict=True))
         keys = self.minhash.band_keys(values).reshape(-1)
         order = np.argsort(keys, kind="stable")
-        arrays = {"key": keys[order], "row": np.repeat(signed, self.minhash.bands)[order], "signed": signed,
-                  "signatures": values}
-        self.stages["sign"].write(index, arrays)
+        run = {"key": keys[order], "row": np.repeat(signed, self.minhash.bands)[order]}
+        self.runs["sign"].write(index, run, rows=signed, signatures=values)
 
     def near(self, index: int) -> None:
         """Near repeats, of a part of the keys."""
-        pairs = NearPairs(self._runs("sign"), self.first_documents, self.minhash).find(index, self.num_parts["near"])
+        pairs = NearPairs(self.runs["sign"], self.first_documents, self.minhash).find(index)
         self.stages["near"].write(index, {"document": pairs[:, 0], "first": pairs[:, 1]})
 
     def group(self, index: int) -> None:
         """Groups of documents that are the same, wholly or nearly, and the largest of them as text."""
-        runs = (self._runs(stage)[part] for stage in ("exact", "near") for part in range(self.num_parts[stage]))
-        groups = join(np.stack([run["document"], run["first"]], axis=1) for run in runs)
+        found = (pairs for stage in ("exact", "near") for pairs in self._pairs(stage))
+        groups = join(np.stack([pairs["document"], pairs["first"]], axis=1) for pairs in found)
         firsts, counts = np.unique(groups[:, 1], return_counts=True)
         largest = np.argsort(-counts, kind="stable")[:SHOWN_GROUPS]
         lines = []

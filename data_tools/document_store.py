@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from data_tools.documents import show_counts
 from megatron_m3.errors import ArtifactError
@@ -47,11 +47,11 @@ class DocumentFolder(BlockFolder):
         """A writer of block ``index``; the block, its record and its list of drops are there when the `with` ends."""
         info: dict[str, Any] = {}
         with self.writing(index, info) as path:
-            writer = BlockWriter(path, columns)
-            yield writer
-            writer.close()
-            with atomic_path(self.folder / DROPPED / f"block_{index:06d}.jsonl") as dropped:
-                dropped.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in writer.dropped))
+            with (atomic_path(self.folder / DROPPED / f"block_{index:06d}.jsonl") as aside,
+                  aside.open("w", encoding="utf-8", errors="backslashreplace") as dropped):  # names of files may be any
+                writer = BlockWriter(path, columns, dropped)
+                yield writer
+                writer.close()
             info |= writer.info()
 
     def finish(
@@ -75,12 +75,13 @@ class DocumentFolder(BlockFolder):
 class BlockWriter:
     """Rows of one block, written as they come."""
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+    def __init__(self, path: Path, columns: Sequence[str], dropped: IO[str]) -> None:
+        """``dropped`` gets a line for each document that is left out."""
         import pyarrow
         from pyarrow import parquet
 
         self.schema = pyarrow.schema([(name, pyarrow.large_string()) for name in columns])
-        self.dropped: list[dict[str, Any]] = []
+        self._dropped, self._reasons = dropped, Counter[str]()
         self.extra: dict[str, Any] = {}
         """More for the record of the block."""
         self._documents = self._characters = self._bytes = 0
@@ -110,7 +111,8 @@ class BlockWriter:
 
     def drop(self, reason: str, **entry: Any) -> None:
         """List a document that is left out, and why."""
-        self.dropped.append(entry | {"reason": reason})
+        self._reasons[reason] += 1
+        self._dropped.write(json.dumps(entry | {"reason": reason}, ensure_ascii=False) + "\n")
 
     def _flush(self) -> None:
         import pyarrow
@@ -127,9 +129,8 @@ class BlockWriter:
 
     def info(self) -> dict[str, Any]:
         """The counts of the block."""
-        reasons = Counter(entry["reason"] for entry in self.dropped)
         counts = {"documents": self._documents, "characters": self._characters}
-        return counts | {"reasons": dict(sorted(reasons.items()))} | self.extra
+        return counts | {"reasons": dict(sorted(self._reasons.items()))} | self.extra
 
 
 class DocumentStore:

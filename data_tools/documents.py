@@ -10,15 +10,21 @@ import functools
 import itertools
 import json
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from data_tools.pieces import LineCount, make_plan, settle
 from data_tools.records import SUFFIXES, BadRecordError, Document, Piece, read_records
 from megatron_m3.errors import DataError
 from megatron_m3.manifest import Manifest, atomic_path, check_files, hash_file, hash_json, read_manifest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from data_tools.selection import Selection
 
 SKIPPED = "skipped.jsonl"
 NAMED = 3
@@ -39,7 +45,8 @@ def find_files(names: Sequence[str]) -> list[Path]:
         if path.is_dir() and (made := _artifact(path)):
             files += [path / file for file in made.files if file.endswith(SUFFIXES)]
         elif path.is_dir():
-            files += sorted(one for one in path.iterdir() if one.name.endswith(SUFFIXES) and one.name != SKIPPED)
+            files += sorted(one for one in path.iterdir()
+                            if one.name.endswith(SUFFIXES) and one.name != SKIPPED and not one.is_dir())
         elif not path.is_file():
             raise DataError(f"{path}: no such file")
         elif not path.name.endswith(SUFFIXES):
@@ -66,18 +73,63 @@ def _artifact(folder: Path) -> Manifest | None:
     return None
 
 
+class Skipped:
+    """Records that were set aside: a JSON line each in a file, only their counts in memory."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        """``stream``: an empty text file to write and read; by default one that vanishes."""
+        self.reasons: Counter[str] = Counter()
+        self._stream = stream
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"reasons": Counter(), "_stream": None}
+
+    def __len__(self) -> int:
+        return self.reasons.total()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(json.loads, self.lines())
+
+    def add(self, file: Path, line: int, reason: str) -> None:
+        """Set a record aside."""
+        self.reasons[reason] += 1
+        if self._stream is None:
+            self._stream = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self._stream.write(json.dumps({"file": str(file), "line": line, "reason": reason}) + "\n")
+
+    def lines(self) -> Iterator[str]:
+        """The lines, in order."""
+        if self._stream is not None:
+            self._stream.seek(0)
+            yield from self._stream
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.reasons.clear()
+        if self._stream is not None:
+            self._stream.seek(0)
+            self._stream.truncate()
+
+
 class Corpus:
     """The documents of some files, in order, and the account of what was left out."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.files = find_files(names)
+        self.skipped = Skipped()
+        self.selection: Selection | None = None
+        """Which documents are given; all where there is none."""
         self.pieces = [Piece(path) for path in self.files]
         self._manifests = {folder: _artifact(folder) for folder in dict.fromkeys(path.parent for path in self.files)}
         self._begin()
 
     def _begin(self) -> None:
         self.bytes_read, self.documents = 0, 0
-        self.skipped: list[dict[str, Any]] = []
+        self.skipped.clear()
+        self.selected = 0
+        """Of the documents, those that the selection takes."""
+        self.places: list[np.ndarray] = []
+        """Places of documents in the list of a selection."""
 
     @property
     def hash(self) -> str:
@@ -103,15 +155,25 @@ class Corpus:
         return [[piece._replace(lines_before=count.before(piece.path, piece.start)) if piece.start else piece
                  for piece in filter(None, map(settle, pieces))] for pieces in make_plan(self.files, block_bytes)]
 
-    def part(self, pieces: Sequence[Piece]) -> Self:
-        """The documents of some pieces, with an account of their own."""
+    def part(self, pieces: Sequence[Piece], stream: IO[str]) -> Self:
+        """The documents of some pieces, with an account of their own; ``stream`` is for what is set aside."""
         part = copy.copy(self)
-        part.pieces = list(pieces)
+        part.pieces, part.skipped = list(pieces), Skipped(stream)
         part._begin()
         return part
 
     def __iter__(self) -> Iterator[Document]:
         self._begin()
+        if self.selection is None:
+            yield from self._read()
+            return
+        for some in itertools.batched(self._read(), BATCH):
+            chosen, places = self.selection.choose([document.id for document in some])
+            self.selected += int(chosen.sum())
+            self.places.append(places)
+            yield from itertools.compress(some, chosen)
+
+    def _read(self) -> Iterator[Document]:
         before = 0
         for piece in self.pieces:
             path = piece.path
@@ -120,7 +182,7 @@ class Corpus:
             for line, found, position in read_records(piece):
                 self.bytes_read = before + position - piece.start
                 if isinstance(found, BadRecordError):
-                    self.skipped.append({"file": str(path), "line": line, "reason": str(found)})
+                    self.skipped.add(path, line, str(found))
                     continue
                 self.documents += 1
                 yield found
@@ -151,6 +213,10 @@ class Corpus:
                 progress.advance(self.bytes_read - progress.count)
         self.finish()
 
+    def example(self) -> str:
+        """The id of the first document."""
+        return next(self._read()).id
+
     def finish(self) -> None:
         """Check that there was at least one document.
 
@@ -168,15 +234,15 @@ class Corpus:
         with atomic_path(folder / "counts.json") as path:
             path.write_text(json.dumps(counts, indent=1) + "\n")
         if self.skipped:
-            with atomic_path(folder / SKIPPED) as path:
-                path.write_text("".join(json.dumps(entry) + "\n" for entry in self.skipped))
+            with atomic_path(folder / SKIPPED) as path, path.open("w") as stream:
+                stream.writelines(self.skipped.lines())
 
     def counts(self, **more: int) -> dict[str, Any]:
         """What was read, what was left out and why, and ``more``."""
         return {"documents": self.documents, "skipped": len(self.skipped), "reasons": self._reasons(), **more}
 
     def _reasons(self) -> dict[str, int]:
-        return dict(sorted(Counter(entry["reason"] for entry in self.skipped).items()))
+        return dict(sorted(self.skipped.reasons.items()))
 
 
 def show_counts(title: str, counts: dict[str, Any]) -> None:

@@ -4,13 +4,17 @@ Each block of documents gives one run, sorted by key. A part takes its range of 
 meet; it never holds more than its share. Documents are numbered through the corpus; of alike ones the first is kept.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save
 
 from data_tools.minhash import MinHash
-from megatron_m3.manifest import block_name, map_block
+from megatron_m3.manifest import BlockFolder, map_block
 
 PAIRS_AT_A_TIME = 1 << 14
 """Pairs whose signatures are compared at a time."""
@@ -18,32 +22,87 @@ LEAST_JOINED = 1 << 18
 """Pairs that are gathered before they are joined to the groups, at least."""
 ROUNDS = 64
 """Most documents of a bucket that others are compared with."""
+HEADER_BYTES = 1 << 12
+"""More than the header of a block takes."""
 EMPTY = np.zeros((0, 2), np.int64)
 
 
 class Runs:
-    """The runs of all blocks of a folder, mapped when asked for."""
+    """The runs of all blocks, mapped when asked for; what is read of one is compared with a checksum of just that."""
 
-    def __init__(self, folder: Path, num_blocks: int) -> None:
-        self.folder, self.num_blocks = folder, num_blocks
+    def __init__(self, folder: BlockFolder, num_blocks: int, num_parts: int) -> None:
+        self.folder, self.num_blocks, self.num_parts = folder, num_blocks, num_parts
+        self._checked: set[int] = set()
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return map_block(self.folder / block_name(index))
+    def write(self, index: int, run: Mapping[str, np.ndarray], **signed: np.ndarray) -> None:
+        """Write a block: arrays sorted by ``key``, and maybe the ``signatures`` of its documents ``rows``."""
+        starts = np.array([(1 << 64) * part // self.num_parts for part in range(self.num_parts)], np.uint64)
+        edges = np.append(np.searchsorted(run["key"], starts), len(run["key"]))
+        sums = [checksum(array[first:last] for array in run.values()) for first, last in itertools.pairwise(edges)]
+        checks = {"edges": edges, "sums": np.array(sums, np.uint32)}
+        if signed:
+            checks["row_sums"] = row_checksums(**signed)
+        data = save({name: np.ascontiguousarray(array) for name, array in {**run, **checks, **signed}.items()})
+        self.folder.write_bytes(index, data, {"header": zlib.crc32(header(data))})
 
-    def part(self, part: int, num_parts: int, names: Sequence[str]) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Number of each block, and its arrays ``names`` where ``key`` lies in the part's range; none stays mapped."""
-        low, high = ((1 << 64) * edge // num_parts for edge in (part, part + 1))
+    def part(self, part: int, names: Sequence[str]) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Number of each block, and its arrays (all are named) of the part's range of keys; none stays mapped.
+
+        Raises:
+            ArtifactError: a block is damaged there.
+        """
         for index in range(self.num_blocks):
-            run = self[index]
-            first = int(np.searchsorted(run["key"], np.uint64(low)))
-            last = len(run["key"]) if high >> 64 else int(np.searchsorted(run["key"], np.uint64(high)))
-            yield index, [run[name][first:last].copy() for name in names]
+            path, run = self._map(index)
+            first, last = run["edges"][part : part + 2]
+            found = [run[name][first:last].copy() for name in names]
+            if checksum(found) != run["sums"][part]:
+                raise self.folder.damaged(index, path)
+            yield index, found
+
+    def signatures(self, index: int, rows: np.ndarray) -> np.ndarray:
+        """uint32 [N, num_perm]: of documents of a block, all signed, int64 [N] in order.
+
+        Raises:
+            ArtifactError: the block is damaged there.
+        """
+        path, run = self._map(index)
+        places = np.searchsorted(run["rows"], rows).clip(max=len(run["rows"]) - 1)
+        signatures = run["signatures"][places]
+        if (row_checksums(rows.astype(np.uint32), signatures) != run["row_sums"][places]).any():
+            raise self.folder.damaged(index, path)
+        return signatures
+
+    def _map(self, index: int) -> tuple[Path, dict[str, np.ndarray]]:
+        path = self.folder.folder / self.folder.name(index)
+        if index not in self._checked:
+            with path.open("rb") as stream:
+                start = header(stream.read(HEADER_BYTES))
+            if zlib.crc32(start) != self.folder.read_info(index)["header"]:
+                raise self.folder.damaged(index, path)
+            self._checked.add(index)
+        return path, map_block(path)
 
 
-def exact_pairs(runs: Runs, first_documents: np.ndarray, part: int, num_parts: int) -> np.ndarray:
+def header(data: bytes) -> bytes:
+    """What a safetensors file says of its arrays, of its first bytes."""
+    return data[: 8 + int.from_bytes(data[:8], "little")]
+
+
+def checksum(arrays: Iterable[np.ndarray]) -> int:
+    """One CRC-32 for all arrays."""
+    return functools.reduce(lambda total, array: zlib.crc32(np.ascontiguousarray(array).data, total), arrays, 0)
+
+
+def row_checksums(rows: np.ndarray, signatures: np.ndarray) -> np.ndarray:
+    """uint32 [N]: a CRC-32 of each document's row and signature."""
+    pairs = zip(np.ascontiguousarray(signatures), rows.tolist(), strict=True)
+    return np.fromiter((zlib.crc32(signature.data, row) for signature, row in pairs), np.uint32, len(rows))
+
+
+def exact_pairs(runs: Runs, first_documents: np.ndarray, part: int) -> np.ndarray:
     """int64 [pairs, 2]: documents whose 128-bit hash an earlier one has, and the first that has it, in order."""
     found = [(key, rest, row + first_documents[index])
-             for index, (key, rest, row) in runs.part(part, num_parts, ("key", "rest", "row"))]
+             for index, (key, rest, row) in runs.part(part, ("key", "rest", "row"))]
     key, rest, document = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.lexsort((rest, key))
     key, rest, document = key[order], rest[order], document[order]
@@ -64,10 +123,10 @@ class NearPairs:
     def __init__(self, runs: Runs, first_documents: np.ndarray, minhash: MinHash) -> None:
         self.runs, self.first_documents, self.minhash = runs, first_documents, minhash
 
-    def find(self, part: int, num_parts: int) -> np.ndarray:
+    def find(self, part: int) -> np.ndarray:
         """int64 [pairs, 2]: documents that an earlier one is nearly the same as, and that one, in order."""
         found = [(key, row + self.first_documents[index])
-                 for index, (key, row) in self.runs.part(part, num_parts, ("key", "row"))]
+                 for index, (key, row) in self.runs.part(part, ("key", "row"))]
         key, document = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.argsort(key, kind="stable")
         key, document = key[order], document[order]
@@ -103,9 +162,8 @@ class NearPairs:
         blocks = np.searchsorted(self.first_documents, documents, side="right") - 1
         signatures = np.empty((len(documents), self.minhash.num_perm), np.uint32)
         for block in np.unique(blocks):
-            run, here = self.runs[int(block)], blocks == block
-            places = np.searchsorted(run["signed"], documents[here] - self.first_documents[block])
-            signatures[here] = run["signatures"][places]
+            here = blocks == block
+            signatures[here] = self.runs.signatures(int(block), documents[here] - self.first_documents[block])
         return signatures
 
 

@@ -97,7 +97,8 @@ def run(options: Options) -> None:
     corpora = {name: Corpus((text,)) for name, text in (("added", options.add), ("replaced", options.by)) if text}
     inputs = {"references": base.hash, "tokenizer": base.tokenizer_hash}
     inputs |= {name: corpus.hash for name, corpus in corpora.items()} | ({"appended": other.hash} if other else {})
-    replaced, deleted = parse_ids(options.replace, "replace"), parse_ids(options.delete, "delete")
+    replaced, deleted = (parse_ids(text, name, len(base)) for name, text in (("replace", options.replace),
+                                                                             ("delete", options.delete)))
     if options.delete_document:
         deleted = np.union1d(deleted, base.ids_of_document(options.delete_document))
     edit = Edit(base=base.hash, replaced=format_ids(replaced), deleted=format_ids(deleted),
@@ -149,9 +150,6 @@ def find_changes(
     from data_tools.references import find_references
     from megatron_m3.tokenizer import Tokenizer
 
-    for name, ids in (("replace", replaced), ("delete", deleted)):
-        if len(ids) and ids[-1] >= len(base):
-            raise DataError(f"{name}: {options.references} has no reference {ids[-1]}, its ids are 0-{len(base) - 1}")
     if both := set(replaced.tolist()) & set(deleted.tolist()):
         raise ConfigError(f"replace: reference {min(both)} is to be replaced and to be deleted; give it in one of them")
     rows: dict[int, Row] = dict.fromkeys(deleted.tolist(), DELETED)

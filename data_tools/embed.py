@@ -8,7 +8,6 @@ blocks, and a killed one is not missed.
 
 import contextlib
 import functools
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,11 +15,10 @@ from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_tools.shared_work import Workers, share, take_gpu
+from data_tools.shared_work import Workers, clear_refused, share, take_gpu
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, M3Error, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, Manifest, is_finished, read_manifest, write_manifest
-from megatron_m3.manifest.claims import CLAIMS
 from megatron_m3.platform.threads import one_torch_thread
 
 if TYPE_CHECKING:
@@ -162,14 +160,10 @@ def make_embedder(work: Work, references: "ReferenceStore") -> None:
             if not work.done(index):  # by another, that was only thought to be dead
                 raise
 
-    try:
+    with clear_refused(work.folder, M3Error):
         for looks, index in enumerate(share(work, 1, make)):
             if (looks, index) == (0, -1):
                 print("embedder: another job makes it; waiting", file=sys.stderr)
-    except M3Error:
-        if not (work.folder / CLAIMS).exists():  # others that wait will find it cannot be made, and the last clears up
-            shutil.rmtree(work.folder, ignore_errors=True)
-        raise
 
 
 def train_or_name(options: Options, references: "ReferenceStore", folder: Path) -> None:

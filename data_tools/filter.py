@@ -7,6 +7,7 @@ command at once. The quality model is a function of a list of texts that returns
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,13 +94,18 @@ def load_scorer(name: str) -> tuple[Scorer, Any]:
     module_name, _, function = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-        return getattr(module, function), module
+        found = getattr(module, function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"quality={name}: {error}; give module:function of an importable module") from None
+    if not callable(found) or getattr(module, "__file__", None) is None:
+        raise ConfigError(f"quality={name}: not a function of a module that is a file; give module:function")
+    return found, module
 
 
 def write_block(folder: DocumentFolder, store: DocumentStore, options: Options, index: int) -> None:
     """Write the kept documents of one block."""
+    import pyarrow
+
     added = [*(["language"] if options.languages else []), *(["quality"] if options.quality else [])]
     names = [name for name in store.columns() if name not in added]
     with folder.block(index, [*names, *added]) as writer:
@@ -114,7 +120,7 @@ def write_block(folder: DocumentFolder, store: DocumentStore, options: Options, 
                     kept.append(row)
                     for column, one in zip(values, found, strict=True):
                         column.append(one)
-            writer.write(with_columns(batch.select(names).take(kept), added, values))
+            writer.write(with_columns(batch.select(names).take(pyarrow.array(kept, pyarrow.int64())), added, values))
 
 
 def with_columns(
@@ -140,7 +146,11 @@ def judge(texts: list[str], options: Options) -> Iterator[Verdict]:
         yield from verdicts
         return
     left = [row for row, verdict in enumerate(verdicts) if verdict[0] is None]
-    scores = [float(score) for score in load_scorer(options.quality)[0]([texts[row] for row in left])] if left else []
+    returned = load_scorer(options.quality)[0]([texts[row] for row in left]) if left else []
+    try:
+        scores = [float(score) for score in returned]
+    except (TypeError, ValueError):
+        scores = [math.nan]
     if len(scores) != len(left) or not all(0 <= score <= 1 for score in scores):
         raise ConfigError(f"quality={options.quality}: must return a score from 0 to 1 for each of its texts")
     for row, score in zip(left, scores, strict=True):

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.embeddings import Embeddings
-from data_tools.shared_work import STAGES, Workers, stages
+from data_tools.shared_work import STAGES, Workers, clear_refused, stages
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import (
     BlockFolder,
     Manifest,
     atomic_path,
-    block_name,
     hash_file,
     is_finished,
     map_block,
@@ -113,7 +112,7 @@ class IndexBuild:
         import numpy as np
 
         if self._loaded is None:
-            block = map_block(self.trained.folder / block_name(0))
+            block = map_block(self.trained.checked(0))
             self._loaded = faiss.deserialize_index(np.array(block["index"])), np.array(block["queries"])
         return self._loaded
 
@@ -136,7 +135,7 @@ class IndexBuild:
     def parts(self, name: str) -> Iterator["np.ndarray"]:
         """An array of every block that :meth:`encode` wrote."""
         for index in range(len(self.embeddings.sizes)):
-            yield map_block(self.encoded.folder / block_name(index))[name]
+            yield map_block(self.encoded.checked(index))[name]
 
     def merge(self, index: int) -> None:
         """The whole output but for its manifest: the index filled and tuned, by one thread."""
@@ -213,12 +212,9 @@ def build(options: Options, settings: dict[str, Any], inputs: dict[str, str], em
     output = Path(options.output)
     work = IndexBuild(options, settings["factory"], embeddings,
                       {"kind": KIND, "schema": SCHEMA, "inputs": inputs, "settings": settings})
-    with stages(output / STAGES, lambda: is_made(output, inputs, settings)), Workers(options.workers) as workers:
-        try:
-            workers.run("index, training", work.trained, [work.num_trained_on()], "vectors", work.train)
-        except ConfigError:
-            shutil.rmtree(output, ignore_errors=True)
-            raise
+    finished = stages(output / STAGES, lambda: is_made(output, inputs, settings))
+    with clear_refused(output), finished, Workers(options.workers) as workers:
+        workers.run("index, training", work.trained, [work.num_trained_on()], "vectors", work.train)
         workers.run("index, encoding", work.encoded, embeddings.sizes, "vectors", work.encode)
         workers.run("index, merging", work.output, [embeddings.count], "vectors", work.merge)
         info = work.output.read_info(0)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 BATCH = 512
 """Chunks searched at once."""
+MAX_NEIGHBOURS = 4096
+"""Most --neighbours: every chunk has room for so many."""
 REACH = 2048
 """Tokens before and after a chunk that a reference must not overlap with."""
 COUNTS = ("chunks", "searched", "found", "missing", "dropped by filter", "dropped same document")
@@ -62,6 +64,8 @@ class Options:
         for name in ("neighbours", "chunk_length", "documents_per_block", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.neighbours > MAX_NEIGHBOURS:
+            raise ConfigError(f"neighbours={self.neighbours}: must be at most {MAX_NEIGHBOURS:,}")
         if not 0 <= self.max_overlap <= 1:
             raise ConfigError(f"max_overlap={self.max_overlap}: must be between 0 and 1")
 

@@ -46,8 +46,9 @@ class Piece(NamedTuple):
 
     @property
     def name(self) -> str:
-        """FILE; FILE@START where lines are counted from there."""
-        return f"{self.path.name}@{self.start}" if self.start and self.lines_before is None else self.path.name
+        """FILE, in Unicode; FILE@START where lines are counted from there."""
+        name = self.path.name.encode(errors="backslashreplace").decode()
+        return f"{name}@{self.start}" if self.start and self.lines_before is None else name
 
     @property
     def size(self) -> int:

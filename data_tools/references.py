@@ -1,19 +1,21 @@
 """m3 data references: cut documents into references of at most 128 tokens, the knowledge base.
 
 References end at sentence ends where possible; a document that fits is one reference; nothing is cut off silently.
-Any number of jobs may run the same command at once: they share the blocks of the corpus, then those of the references.
+With --select only some documents are cut. Any number of jobs may run the same command at once: they share the blocks of
+the corpus, then those of the references.
 """
 
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_tools.corpus_rows import Batches, CorpusRows, flat, token_rows
 from data_tools.documents import Corpus, show_counts
-from data_tools.shared_work import STAGES, Workers, stages
+from data_tools.selection import Select, Selection
+from data_tools.shared_work import STAGES, Workers, clear_refused, stages
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, Manifest, is_finished, write_manifest
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     from megatron_m3.tokenizer import Tokenizer
 
+MAX_LENGTH = 1 << 16
+"""Longest reference: every one takes as much room on disk."""
 ROWS = 4096
 """References that are handed to the writer at a time."""
 
@@ -38,6 +42,7 @@ class Options:
     """Folder of the tokenizer, made by `m3 data tokenizer`."""
     output: str
     """Folder to write."""
+    select: Select = field(default_factory=Select)
     reference_length: int = 128
     """Most tokens in a reference."""
     block_size: int = 16384
@@ -50,6 +55,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.reference_length < 8:
             raise ConfigError(f"reference_length={self.reference_length}: must be at least 8")
+        if self.reference_length > MAX_LENGTH:
+            raise ConfigError(f"reference_length={self.reference_length}: must be at most {MAX_LENGTH:,}")
         for name in ("block_size", "block_megabytes", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -61,15 +68,16 @@ def run(options: Options) -> None:
     from megatron_m3.tokenizer import Tokenizer
 
     corpus, output, tokenizer = Corpus(options.input), Path(options.output), Tokenizer.load(options.tokenizer)
-    inputs = {"corpus": corpus.hash, "tokenizer": tokenizer.hash}
+    inputs = {"corpus": corpus.hash, "tokenizer": tokenizer.hash} | options.select.inputs()
     settings = {"reference_length": options.reference_length, "block_size": options.block_size}
+    settings |= options.select.settings()
     is_made = functools.partial(is_finished, output, KIND, SCHEMA, inputs, settings)
     if is_made():
         print(f"{output}: made already")
         return
     corpus.check()
     job = {"kind": KIND, "schema": SCHEMA, "inputs": inputs, "settings": settings}
-    with stages(output / STAGES, is_made):
+    with clear_refused(output), stages(output / STAGES, is_made):
         counts, files = write_references(corpus, tokenizer, output, job, options)
         corpus.write_account(output, counts)
         info = counts | {"corpus": corpus.file_hashes}
@@ -92,7 +100,11 @@ class Reference(NamedTuple):
 def write_references(
     corpus: Corpus, tokenizer: "Tokenizer", output: Path, job: dict[str, Any], options: Options
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Cut the documents, then write the blocks; return the counts, and bytes and hash of each block."""
+    """Cut the documents, then write the blocks; return the counts, and bytes and hash of each block.
+
+    Raises:
+        ConfigError: no document is selected.
+    """
     import pyarrow
 
     from megatron_m3.references import token_dtype
@@ -103,13 +115,17 @@ def write_references(
                              "first_token": pyarrow.int64()})
     folder = BlockFolder(output, job)
     make = functools.partial(make_rows, tokenizer, options.reference_length, schema, dtype)
+    selection = corpus.selection = Selection(options.select, output, job) if options.select.chooses else None
     rows = CorpusRows(corpus, output, job, options.block_megabytes << 20, schema, make)
     with Workers(options.workers) as workers:
+        if selection:
+            selection.prepare(workers)
         rows.make("cutting references", workers)
+        selected = selection.finish(corpus, rows.places()) if selection else {}
         sizes = [min(options.block_size, len(rows) - start) for start in range(0, len(rows), options.block_size)]
         write = functools.partial(write_block, folder, rows, options)
         workers.run("writing references", folder, sizes, "references", write)
-    return corpus.counts(references=sum(sizes), blocks=len(sizes)), folder.files(len(sizes))
+    return corpus.counts(**selected, references=sum(sizes), blocks=len(sizes)), folder.files(len(sizes))
 
 
 def make_rows(
@@ -129,7 +145,7 @@ def write_block(folder: BlockFolder, rows: CorpusRows, options: Options, index: 
     """Write a block of references."""
     from megatron_m3.references import pack_block
 
-    found = rows.read(index * options.block_size, (index + 1) * options.block_size)
+    found = rows.read(index * options.block_size, min(len(rows), (index + 1) * options.block_size))
     columns = {name: found.column(name).combine_chunks() for name in found.column_names}
     arrays = pack_block(flat(columns["tokens"]), flat(columns["text"]), flat(columns["document"]),
                         columns["first_token"].to_numpy(), options.reference_length)

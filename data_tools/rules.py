@@ -5,6 +5,7 @@ choices, as is what a word is (data_tools/words.py). Unique words and entropy ar
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,8 +34,8 @@ class Rules:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"rules.{name}={getattr(self, name)}: a share, must be from 0 to 1")
         for name in ("min_words", "max_word_length", "min_entropy"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"rules.{name}={getattr(self, name)}: must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"rules.{name}={getattr(self, name)}: must be a number that is not negative")
 
     def broken_by(self, words: Words) -> list[tuple[str, float] | None]:
         """For each text the first rule that it breaks, and its value; None if it keeps all."""

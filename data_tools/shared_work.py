@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from megatron_m3.errors import ArtifactError, M3Error
+from megatron_m3.errors import ArtifactError, ConfigError, M3Error
 from megatron_m3.manifest import BlockFolder, clear_half_written
 from megatron_m3.manifest.claims import CLAIMS, Claims
 
@@ -86,6 +86,24 @@ def stages(folder: Path, is_made: Callable[[], bool]) -> Iterator[None]:
         if not is_made():
             raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def clear_refused(output: Path, refusal: type[M3Error] = ConfigError) -> Iterator[None]:
+    """The length of a job that may find that it cannot be done: then ``output`` goes with the last process in it."""
+    try:
+        yield
+    except refusal:
+        if not any(_is_shared(Path(folder)) for folder, *_ in os.walk(output) if folder.endswith(CLAIMS)):
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _is_shared(folder: Path) -> bool:
+    """Whether living processes share work by these claims."""
+    with Claims(folder) as claims:
+        claims.clear()
+    return folder.exists()
 
 
 class Workers:

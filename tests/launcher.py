@@ -20,6 +20,13 @@ def free_port() -> int:
                 return port
 
 
+def ended_process() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
 def run_command(arguments: Sequence[str], *, timeout: float = 300, env: dict[str, str] | None = None,
                 expect: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository root, one thread a process; fail with its output unless it exits ``expect``."""

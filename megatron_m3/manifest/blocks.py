@@ -21,6 +21,8 @@ JOB = "job.json"
 DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
           "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 """numpy's names of safetensors' types."""
+CHECK = "check"
+"""Field of a block's record: SHA-256 of the others."""
 OPEN_BLOCKS = 256
 """Most blocks mapped at a time."""
 
@@ -99,6 +101,7 @@ class BlockFolder:
             ArtifactError: the folder holds blocks of another job, or its record of the job is damaged.
         """
         self.folder = Path(folder)
+        self._checked: set[int] = set()
         if not self.is_begun(self.folder, job):
             self._begin(job)
             self.is_begun(self.folder, job)  # not another one, that began at the same time
@@ -148,6 +151,24 @@ class BlockFolder:
         recorded = self.entry(index)
         return recorded["bytes"] == path.stat().st_size and (not checksum or hash_file(path) == recorded)
 
+    def checked(self, index: int) -> Path:
+        """The path of block ``index``; a process's first use of it reads it whole, to compare its SHA-256.
+
+        Raises:
+            ArtifactError: it is not what was written; see :meth:`damaged`.
+        """
+        path = self.folder / self.name(index)
+        if index not in self._checked and hash_file(path) != self.entry(index):
+            raise self.damaged(index, path)
+        self._checked.add(index)
+        return path
+
+    def damaged(self, index: int, path: Path) -> ArtifactError:
+        """The error that a file of block ``index`` is damaged; the block counts as not written from now on."""
+        self.discard(index)
+        return ArtifactError(f"{path}: damaged since it was written; run the same command again: it makes this block "
+                             "anew")
+
     def discard(self, index: int) -> None:
         """Let block ``index`` count as not written: its record goes, and with it what :meth:`done` says."""
         (self.folder / self.name(index)).with_suffix(".json").unlink(missing_ok=True)
@@ -171,7 +192,8 @@ class BlockFolder:
         path = self.folder / self.name(index)
         with atomic_path(path) as temporary:
             yield temporary
-        record = hash_file(path) | {"info": dict(info)}
+        record = json.loads(json.dumps(hash_file(path) | {"info": dict(info)}))
+        record[CHECK] = hash_json(record)
         with atomic_path(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(record, sort_keys=True) + "\n")
 
@@ -195,4 +217,8 @@ class BlockFolder:
 
     def _record(self, index: int) -> dict[str, Any]:
         path = (self.folder / self.name(index)).with_suffix(".json")
-        return _read_json(path, {"bytes", "sha256", "info"}, "a record of a block; remove it and run the job again")
+        otherwise = "a record of a block; remove it and run the job again"
+        record = _read_json(path, {"bytes", "sha256", "info"}, otherwise)
+        if record.pop(CHECK, None) not in (None, hash_json(record)):
+            raise ArtifactError(f"{path}: damaged, not {otherwise}")
+        return record

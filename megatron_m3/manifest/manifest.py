@@ -6,6 +6,8 @@ is unfinished, never half an artifact.
 
 import contextlib
 import dataclasses
+import errno
+import glob
 import hashlib
 import json
 import os
@@ -94,16 +96,21 @@ def clear_half_written(folder: Path, names: Container[str]) -> None:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that becomes it when the block ends well, and vanishes otherwise.
 
-    What a killed job left of it is cleared by the next one.
+    Every process has a temporary folder of its own; what dead ones of this machine left is removed. Of processes that
+    write the same artifact the first to end gives the folder; that is no error for the others.
 
     Raises:
-        ArtifactError: ``folder`` exists and is not an empty folder.
+        ArtifactError: ``folder`` exists and is not an empty folder, or another process made something else of it.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ArtifactError(f"{folder}: exists already; remove it or choose another folder")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    mine = f".{folder.name}.{os.uname().nodename}."
+    for left in folder.parent.glob(f"{glob.escape(mine)}*.tmp"):
+        pid = left.name.removeprefix(mine).removesuffix(".tmp")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not is_running(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = folder.with_name(f"{mine}{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -111,9 +118,27 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if path.is_file():
                 with path.open("rb") as stream:
                     os.fsync(stream.fileno())
-        temporary.replace(folder)
+        try:
+            temporary.replace(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            if not _is_same(temporary, folder):
+                raise ArtifactError(f"{folder}: another process made it meanwhile, of something else; remove it or "
+                                    "choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same artifact, by the hash in their manifests."""
+    hashes = []
+    for path in (one / NAME, other / NAME):
+        try:
+            hashes.append(json.loads(path.read_text())["hash"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+    return bool(hashes[0] == hashes[1])
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from megatron_m3.errors import ConfigError
+from megatron_m3.errors import ConfigError, DataError
 
-RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+RANGE = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +45,21 @@ class Edit:
         return parse_ids(",".join(filter(None, (self.added, self.replaced, self.deleted))))
 
 
-def parse_ids(text: str, name: str = "ids") -> np.ndarray:
+def parse_ids(text: str, name: str = "ids", below: int = 1 << 31) -> np.ndarray:
     """The ids of ``3,7,20-40``, int64, distinct and ascending; none of an empty text.
 
     Raises:
         ConfigError: not such a list; ``name`` is the field it stands in.
+        DataError: an id is not under ``below``.
     """
     parts = []
     for word in filter(None, text.replace(" ", "").split(",")):
         found = RANGE.fullmatch(word)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if last < first:
-            raise ConfigError(f"{name}={word}: not an id or a range of ids; write them as 3,7,20-40")
+            raise ConfigError(f"{name}={word[:80]}: not an id or a range of ids; write them as 3,7,20-40")
+        if last >= below:
+            raise DataError(f"{name}={word}: there is no reference {last}, ids are 0-{below - 1}")
         parts.append(np.arange(first, last + 1, dtype=np.int64))
     return np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
 

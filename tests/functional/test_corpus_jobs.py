@@ -149,6 +149,37 @@ def test_filter_and_duplicates_and_what_is_listed_as_dropped(corpus, tmp_path):
     assert not (tmp_path / "unique" / "stages").exists()
 
 
+def test_what_drops_all_is_counted_and_the_next_job_takes_it(corpus, tmp_path):
+    folder, texts = corpus
+    rules = filtering.Rules(min_words=10**6)
+    filtering.run(filtering.Options(input=str(folder / "documents"), output=str(tmp_path / "kept"), rules=rules))
+    deduplicate.run(deduplicate.Options(input=str(tmp_path / "kept"), output=str(tmp_path / "unique")))
+    assert rows_of(tmp_path / "unique") == []
+    counts = json.loads((tmp_path / "kept" / "counts.json").read_text())
+    assert (counts["documents"], counts["reasons"]) == (0, {"too few words": len(texts)})
+    with pytest.raises(DataError, match="no usable document; the corpus is empty"):
+        documents.Corpus([str(tmp_path / "unique")]).check()
+
+
+def test_files_of_any_name_are_read_and_folders_are_none(tmp_path):
+    (tmp_path / "raw" / "folder.txt").mkdir(parents=True)
+    (tmp_path / "raw" / os.fsdecode(b"n\xff.jsonl")).write_text('{"text": "good"}\n{\n')
+    collect.run(collect.Options(input=(str(tmp_path / "raw"),), output=str(tmp_path / "out")))
+    assert [(row["id"], row["text"]) for row in rows_of(tmp_path / "out")] == [("n\\udcff.jsonl:1", "good")]
+    dropped = dropped_of(tmp_path / "out")
+    assert [(one["file"], one["reason"]) for one in dropped] == [(f"{tmp_path}/raw/n\udcff.jsonl", "not JSON")]
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("sys:intern", "not a function of a module that is a"), ("os:path", "not a function of a module that is a file"),
+    ("operator:length_hint", "must return a score from 0 to 1 for each"),
+])
+def test_a_quality_model_that_is_none_is_refused(corpus, tmp_path, name, message):
+    options = filtering.Options(input=str(corpus[0] / "documents"), output=str(tmp_path / "out"), quality=name)
+    with pytest.raises(ConfigError, match=message):
+        filtering.run(options)
+
+
 def test_the_jobs_do_without_torch(corpus, tmp_path):
     folder, _ = corpus
     steps = [folder / "a.jsonl", *(tmp_path / name for name in ("collect", "filter", "deduplicate"))]

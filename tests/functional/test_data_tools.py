@@ -170,7 +170,7 @@ def test_tokens_are_a_megatron_dataset_with_ids_and_eos(tmp_path, trained):
     made, indexed = Tokenizer.load(trained), IndexedDataset(str(tmp_path / "tokens" / "tokens"))
     assert [indexed[index].tolist() for index in range(3)] == [[*made.encode(text), made.eos_id] for text in TEXTS]
     assert indexed.document_indices.tolist() == [0, 1, 2, 3]
-    assert TokenStore.open(tmp_path / "tokens").document_ids() == ["d0", "d1", "d2"]
+    assert list(TokenStore.open(tmp_path / "tokens").document_ids()) == ["d0", "d1", "d2"]
 
 
 def test_long_documents_become_several_references(tmp_path, trained):

@@ -2,6 +2,9 @@
 
 import pickle
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import faiss
@@ -16,6 +19,8 @@ from megatron_m3.manifest import BlockFolder, Manifest, write_manifest
 from megatron_m3.platform.threads import one_faiss_thread
 from megatron_m3.retrieval import VectorIndex
 from megatron_m3.retrieval.tfidf import train_tfidf
+from tests.damage import flip_after
+from tests.launcher import ROOT
 
 COUNT, SIZE, BLOCK = 1000, 16, 300
 INPUTS = {"references": "0" * 64}
@@ -149,6 +154,27 @@ def test_damaged_vectors_are_refused_by_name(embeddings, tmp_path):
     assert not (tmp_path / "index" / "manifest.json").exists()
 
 
+@pytest.fixture(scope="module")
+def whole(embeddings, tmp_path_factory):
+    """An index made without trouble."""
+    folder = tmp_path_factory.mktemp("whole") / "index"
+    build(options_for(folder), embeddings)
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "file", "place"), [
+    ("train", "block_000000", "index"), ("encode", "block_000002", "codes"), ("encode", "block_000001", -1),
+])
+def test_a_flipped_byte_of_a_stage_is_found_and_made_anew(embeddings, whole, tmp_path, monkeypatch, stage, file, place):
+    with monkeypatch.context() as patched:
+        flip_after(patched, stage, f"{file}.safetensors", place)
+        with pytest.raises(ArtifactError, match=rf"{stage}/{file}\.safetensors: damaged.*run the same command again"):
+            build(options_for(tmp_path / "index"), embeddings)
+    assert not (tmp_path / "index" / "manifest.json").exists()
+    build(options_for(tmp_path / "index"), embeddings)
+    assert contents(tmp_path / "index") == contents(whole)
+
+
 def test_too_few_vectors_to_train_leave_nothing(embeddings, tmp_path):
     with pytest.raises(ConfigError, match="factory=IVF16,PQ8x12: FAISS refuses it"):
         build(options_for(tmp_path / "index", "IVF16,PQ8x12"), embeddings)
@@ -157,6 +183,29 @@ def test_too_few_vectors_to_train_leave_nothing(embeddings, tmp_path):
         faiss_build.make_faiss("IVF4096,Flat", SIZE, COUNT)
     with pytest.raises(ConfigError, match=r"numbers \(could not parse index string Flot\); try Flat"):
         faiss_build.make_faiss("Flot", SIZE, COUNT)
+
+
+def test_a_refused_build_leaves_the_folder_to_another_that_waits_in_it(embeddings, tmp_path, monkeypatch):
+    options = options_for(tmp_path / "index", "IVF16,PQ8x12")
+    code = ("from megatron_m3.errors import exit_on_user_error; from tests.functional import test_index_build as t\n"
+            f"vectors = t.Embeddings(t.Path({str(embeddings.folder)!r}), t.INPUTS['references'])\n"
+            f"exit_on_user_error(lambda: t.build(t.{options!r}, vectors))")
+    claims, train, others = tmp_path / "index" / "stages" / "train" / ".claims", faiss_build.train_faiss, []
+
+    def waits_for_the_other(*given):
+        others.append(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True))
+        while len(list(claims.glob("*.alive"))) < 2:
+            assert others[0].poll() is None
+            time.sleep(0.01)
+        return train(*given)
+
+    monkeypatch.setattr(faiss_build, "train_faiss", waits_for_the_other)
+    with pytest.raises(ConfigError, match="FAISS refuses it"):
+        build(options, embeddings)
+    said = others[0].communicate()[1].splitlines()
+    assert (others[0].returncode, len(others)) == (2, 1)
+    assert said[-1].startswith("error: factory=IVF16,PQ8x12: FAISS refuses it")
+    assert not (tmp_path / "index").exists()
 
 
 def test_factory_by_count_and_size():

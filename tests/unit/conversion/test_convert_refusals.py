@@ -1,6 +1,7 @@
 """What our model cannot compute, or what is damaged, is refused by name before anything is written."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_m3.errors import ArtifactError, ConfigError, M3Error, UnsupportedE
 from megatron_m3.model.checkpoint import read_checkpoint
 from megatron_m3.platform.progress import Progress
 from tests.hf_models import LLAMA3, make_model
+from tests.launcher import ended_process
 
 CONFIG = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
           "intermediate_size": 96, "vocab_size": 300, "max_position_embeddings": 4096}
@@ -158,7 +160,8 @@ def test_an_interrupted_conversion_leaves_nothing_and_can_be_repeated(plain: Pat
                 job(options)
         assert not any(path.is_file() for path in tmp_path.rglob("*") if Path(options.output) in path.parents)
         # what a killed process would have left
-        left = Path(options.output) / ".step_0000000.tmp" if job is convert else tmp_path / ".back.tmp"
+        place = Path(options.output) / "step_0000000" if job is convert else tmp_path / "back"
+        left = place.with_name(f".{place.name}.{os.uname().nodename}.{ended_process()}.tmp")
         left.mkdir(parents=True, exist_ok=True)
         (left / "half").write_text("")
         job(options)

@@ -58,17 +58,17 @@ def test_bands_keep_the_recall_and_no_more_rows_would(threshold):
 def near_pairs_of(tmp_path, texts, minhash, num_parts, block=97):
     from data_tools.duplicates import NearPairs
 
-    folder = BlockFolder(tmp_path / f"{num_parts}", {"kind": "test"})
-    for index, first in enumerate(range(0, len(texts), block)):
+    first_documents = np.arange(0, len(texts), block)
+    runs = Runs(BlockFolder(tmp_path / f"{num_parts}", {"kind": "test"}), len(first_documents), num_parts)
+    for index, first in enumerate(first_documents):
         signatures = np.concatenate([minhash.sign(words) for words in split_words(texts[first : first + block])])
         keys = minhash.band_keys(signatures).reshape(-1)
         order = np.argsort(keys, kind="stable")
         rows = np.arange(len(signatures), dtype=np.uint32)
-        folder.write(index, {"key": keys[order], "row": np.repeat(rows, minhash.bands)[order], "signed": rows,
-                             "signatures": signatures})
-    first_documents = np.arange(0, len(texts), block)
-    near = NearPairs(Runs(folder.folder, len(first_documents)), first_documents, minhash)
-    return [near.find(part, num_parts) for part in range(num_parts)]
+        runs.write(index, {"key": keys[order], "row": np.repeat(rows, minhash.bands)[order]}, rows=rows,
+                   signatures=signatures)
+    near = NearPairs(runs, first_documents, minhash)
+    return [near.find(part) for part in range(num_parts)]
 
 
 def test_near_repeats_against_brute_force(tmp_path):
@@ -100,18 +100,19 @@ def test_exact_repeats_of_all_blocks_whatever_the_parts(tmp_path):
     rng = np.random.default_rng(0)
     values = rng.integers(0, 1 << 64, (60, 2), np.uint64)[rng.integers(0, 60, 500)]
     values[:40, 0] = 5  # equal in the first half only
-    folder, first_documents = BlockFolder(tmp_path / "hash", {"kind": "test"}), np.arange(0, 500, 100)
-    for index, first in enumerate(first_documents):
-        some = values[first : first + 100]
-        order = np.argsort(some[:, 0], kind="stable")
-        folder.write(index, {"key": some[order, 0], "rest": some[order, 1], "row": order.astype(np.uint32)})
+    first_documents = np.arange(0, 500, 100)
     seen, wanted = {}, []
     for document, value in enumerate(map(tuple, values.tolist())):
         if value in seen:
             wanted.append([document, seen[value]])
         seen.setdefault(value, document)
     for num_parts in (1, 3, 64):
-        parts = [exact_pairs(Runs(folder.folder, 5), first_documents, part, num_parts) for part in range(num_parts)]
+        runs = Runs(BlockFolder(tmp_path / f"{num_parts}", {"kind": "test"}), 5, num_parts)
+        for index, first in enumerate(first_documents):
+            some = values[first : first + 100]
+            order = np.argsort(some[:, 0], kind="stable")
+            runs.write(index, {"key": some[order, 0], "rest": some[order, 1], "row": order.astype(np.uint32)})
+        parts = [exact_pairs(runs, first_documents, part) for part in range(num_parts)]
         assert sorted(np.concatenate(parts).tolist()) == wanted
 
 

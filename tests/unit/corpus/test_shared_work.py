@@ -1,8 +1,6 @@
 """Blocks shared by processes: each is done once, and an error reaches the user."""
 
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -12,19 +10,21 @@ from data_tools.shared_work import Workers, share
 from megatron_m3.errors import ArtifactError, DataError
 from megatron_m3.manifest import BlockFolder
 from megatron_m3.manifest.claims import CLAIMS
+from tests.launcher import ended_process
 
 
 class Write:
     """Writes a block, and notes who did it."""
 
-    def __init__(self, folder, seconds=0.0, fails_at=None):
-        self.folder, self.seconds, self.fails_at = folder, seconds, fails_at
+    def __init__(self, folder, together=1, fails_at=None):
+        self.folder, self.together, self.fails_at = folder, together, fails_at
 
     def __call__(self, index):
         if index == self.fails_at:
             raise DataError(f"block {index} cannot be made")
-        time.sleep(self.seconds)
         (self.folder.folder / f"did_{index}_{os.getpid()}").touch()
+        while len({pid for _, pid in doers(self.folder)}) < self.together:  # until so many processes have begun
+            time.sleep(0.01)
         self.folder.write(index, {"values": np.arange(index)})
 
 
@@ -35,7 +35,7 @@ def doers(folder):
 def test_blocks_are_done_once_by_several_processes(tmp_path):
     folder = BlockFolder(tmp_path / "blocks", {"kind": "test"})
     with Workers(2) as workers:
-        workers.run("test", folder, [1] * 12, "blocks", Write(folder, 0.05))
+        workers.run("test", folder, [1] * 12, "blocks", Write(folder, together=2))
     found = doers(folder)
     assert sorted(int(index) for index, _ in found) == list(range(12))
     assert len({pid for _, pid in found}) == 2
@@ -75,12 +75,6 @@ def test_what_a_killed_job_left_half_written_is_cleared_and_nothing_else(tmp_pat
     with Workers(1) as workers:
         workers.run("test", folder, [1] * 2, "blocks", Write(folder))
     assert sorted(path.name for path in folder.folder.glob(".*")) == sorted(kept)
-
-
-def ended_process():
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_a_block_that_another_did_and_cleared_up_after_is_no_error(tmp_path):

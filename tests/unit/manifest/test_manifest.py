@@ -1,6 +1,9 @@
 """Artifacts on disk: whole or absent, and refused when they are not what they say."""
 
 import json
+import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from megatron_m3.manifest import (
     read_manifest,
     write_manifest,
 )
+from tests.launcher import ended_process
 
 INPUTS, SETTINGS = {"tokenizer": "ab" * 32}, {"length": 128}
 
@@ -153,6 +157,52 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="exists already"), atomic_folder(folder):
         pass
     assert (folder / "whole").read_text() == "yes"
+
+
+def write_slowly(folder: Path, number: int, setting: int) -> None:
+    """Write an artifact while another process writes one to the same place, and say what came of it."""
+    here = folder.parent
+    try:
+        with atomic_folder(folder) as temporary:
+            (temporary / f"of_{number}").write_text(str(setting))
+            (here / f"began_{number}").touch()
+            while not ((here / "began_0").exists() and (here / "began_1").exists()):
+                time.sleep(0.01)
+            while number and not folder.exists():
+                time.sleep(0.01)
+            write_manifest(temporary, Manifest(kind="test", schema=1, inputs={}, settings={"it": setting}, files={}))
+        said = "made"
+    except ArtifactError as error:
+        said = str(error)
+    (here / f"said_{number}").write_text(said)
+
+
+@pytest.mark.parametrize(("setting", "said"), [(1, "made"), (2, "another process made it meanwhile, of something els")])
+def test_two_processes_that_write_one_folder_do_not_mix(tmp_path: Path, setting: int, said: str) -> None:
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=write_slowly, args=(tmp_path / "a.b", *one)) for one in ((0, 1), (1, setting))]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(path.name for path in (tmp_path / "a.b").iterdir()) == ["manifest.json", "of_0"]
+    assert (tmp_path / "said_0").read_text() == "made"
+    assert said in (tmp_path / "said_1").read_text()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_dead_processes_left_of_a_folder_goes_and_what_others_write_stays(tmp_path: Path) -> None:
+    host, dead, folder = os.uname().nodename, ended_process(), tmp_path / "index"
+    left = [f".index.{host}.{dead}.tmp", f".index.{host}.{os.getpid()}.tmp"]
+    kept = [f".index.{host}.{os.getppid()}.tmp", f".index.other.{dead}.tmp", f".other.{host}.{dead}.tmp",
+            f".index.{host}.x.tmp"]
+    for name in [*left, *kept]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    with atomic_folder(folder) as temporary:
+        assert not list(temporary.iterdir())
+    assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(kept)
 
 
 def test_a_write_that_fails_names_the_file_that_was_wanted(tmp_path: Path) -> None:

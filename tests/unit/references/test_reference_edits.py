@@ -61,6 +61,10 @@ def test_ids_are_written_in_ranges():
     for wrong in ("3-1", "x", "-4", "1.5"):
         with pytest.raises(ConfigError, match=f"ids={wrong}: not an id or a range"):
             parse_ids(wrong)
+    with pytest.raises(ConfigError, match="not an id or a range"):
+        parse_ids("1-" + "9" * 5000)
+    with pytest.raises(DataError, match="delete=0-99999999999999: there is no reference 99999999999999, ids are 0-4"):
+        parse_ids("0-99999999999999", "delete", 5)
 
 
 def test_ids_stay_and_unchanged_blocks_are_shared(folder, edit, tmp_path):
@@ -123,7 +127,7 @@ def test_the_same_job_twice_does_nothing_and_another_is_refused(folder, edit, ca
 
 @pytest.mark.parametrize(("options", "error", "said"), [
     ((), ConfigError, "nothing to do"),
-    (("--delete", "39"), DataError, "delete: .* has no reference 39, its ids are 0-38"),
+    (("--delete", "39"), DataError, "delete=39: there is no reference 39, ids are 0-38"),
     (("--delete", "3", "--replace", "3", "--by", "two"), ConfigError, "reference 3 is to be replaced and"),
     (("--replace", "3", "--by", "two"), DataError, "by: 2 usable documents for 1 references to replace"),
     (("--replace", "3", "--by", "long"), DataError, "by: document 950:0 has .* tokens, a reference at most 16"),
