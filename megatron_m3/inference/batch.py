@@ -36,7 +36,10 @@ class Batch:
         stop_at_eos: bool = True,
         prefetch_tokens: int = 0,
     ) -> None:
-        """``prefetch_tokens`` before the end of a chunk, what it may read is brought; 0: it is not."""
+        """``decoder`` has the weights of ``loaded``.
+
+        ``prefetch_tokens`` before the end of a chunk, what it may read is brought; 0: it is not.
+        """
         self.loaded, self.config, self.decoder, self.recall = loaded, loaded.config, decoder, recall
         self.continuations = list(continuations)
         self.chunk_length = self.config.memory.chunk_length
