@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from megatron_m3.inference.cache import CachePlan, CacheShape
-from megatron_m3.inference.forward import local_kv_heads, logits_at
+from megatron_m3.inference.decoder import Decoder
+from megatron_m3.inference.forward import local_kv_heads
 from megatron_m3.inference.generation import Continuation, ReadReference, Statistics
 from megatron_m3.inference.reading import ChunkMemories, ReadingPlan
 from megatron_m3.inference.recall import Recall
 from megatron_m3.inference.sampling import choose
 from megatron_m3.model.checkpoint import LoadedModel
-from megatron_m3.model.gpt import logits
 from megatron_m3.model.layout import trunk_positions
 from megatron_m3.model.rope import Rope
 from megatron_m3.ops.choice import choose_backend
@@ -29,14 +29,18 @@ class Batch:
     def __init__(
         self,
         loaded: LoadedModel,
+        decoder: Decoder,
         recall: Recall | None,
         continuations: Sequence[Continuation],
         *,
         stop_at_eos: bool = True,
         prefetch_tokens: int = 0,
     ) -> None:
-        """``prefetch_tokens`` before the end of a chunk, what it may read is brought; 0: it is not."""
-        self.loaded, self.config, self.recall = loaded, loaded.config, recall
+        """``decoder`` has the weights of ``loaded``.
+
+        ``prefetch_tokens`` before the end of a chunk, what it may read is brought; 0: it is not.
+        """
+        self.loaded, self.config, self.decoder, self.recall = loaded, loaded.config, decoder, recall
         self.continuations = list(continuations)
         self.chunk_length = self.config.memory.chunk_length
         self.prefix = list(loaded.prefix_ids) if recall else []
@@ -86,14 +90,7 @@ class Batch:
         bos, padding = self.loaded.tokenizer.bos_id, self.loaded.tokenizer.eos_id
         rows = [[*self.prefix, bos, *p, *[padding] * (longest - 1 - len(p))] for p in prompts]
         last_B = torch.tensor(lengths, device=parameter.device) - 1
-        logits_BV = logits_at(
-            self.loaded.model,
-            torch.tensor(rows, device=parameter.device),
-            plan,
-            torch.arange(len(rows), device=parameter.device),
-            last_B + prefix,
-            model.vocab_size,
-        )
+        logits_BV = self.decoder(torch.tensor(rows, device=parameter.device), plan, last_B + prefix)
         self.cache.begin(lengths)
         if memories:
             self.cache.recall(memories.chunk(last_B // self.chunk_length))
@@ -136,9 +133,9 @@ class Batch:
             self._look_ahead(self.recall)
         started = time.perf_counter()
         self.cache.step()
-        logits_BSV = logits(self.loaded.model, self.newest_B[:, None], self.cache, self.config.model.vocab_size)
+        logits_BV = self.decoder(self.newest_B[:, None], self.cache)
         self.statistics.decode_seconds += time.perf_counter() - started
-        self._append(logits_BSV[:, -1])
+        self._append(logits_BV)
 
     def _look_ahead(self, recall: Recall) -> None:
         """Some tokens before a chunk that will recall is full, begin to bring what it may read."""

@@ -9,6 +9,7 @@ import torch
 
 from megatron_m3.errors import ConfigError
 from megatron_m3.inference.batch import Batch
+from megatron_m3.inference.decoder import Decoder
 from megatron_m3.inference.forward import local_kv_heads, restricted_heads
 from megatron_m3.inference.generation import Continuation, Generation, Statistics
 from megatron_m3.inference.recall import Recall
@@ -35,6 +36,7 @@ class Engine:
         """
         assert (retriever is None) == (source is None), "memory needs a retriever and a source"
         self.loaded, self.config = loaded, loaded.config
+        self.decoder = Decoder(loaded.model, loaded.config)
         self.recall: Recall | None = None
         if not 0 <= prefetch_tokens < self.config.memory.chunk_length:
             raise ConfigError(f"prefetch_tokens={prefetch_tokens}: must be 0 (none) or less than the "
@@ -101,7 +103,7 @@ class Engine:
 
     def batch(self, continuations: Sequence[Continuation], *, stop_at_eos: bool = True) -> Batch:
         """Continuations that begin together; it is filled and stepped in :class:`torch.inference_mode`."""
-        return Batch(self.loaded, self.recall, continuations, stop_at_eos=stop_at_eos,
+        return Batch(self.loaded, self.decoder, self.recall, continuations, stop_at_eos=stop_at_eos,
                      prefetch_tokens=self.prefetch_tokens)
 
     def generation(self, continuation: Continuation) -> Generation:

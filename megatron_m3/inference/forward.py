@@ -1,6 +1,5 @@
-"""Forward passes that project only chosen positions to the vocabulary, and the kv heads of this process."""
+"""Losses at chosen positions of a forward pass, and the kv heads of this process."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,32 +39,6 @@ def restricted_heads(config: Config, device: torch.device) -> dict[int, Tensor]:
     return {layer: heads for layer, heads in found.items() if heads is not None}
 
 
-def _run(
-    model: torch.nn.Module,
-    tokens_BS: Tensor,
-    plan: AttentionPlan,
-    finish: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
-) -> Tensor:
-    """The result of ``finish(hidden_SBE, project)``, where ``project`` maps hidden states [N, E] to logits [N, V]."""
-
-    def process(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **unused: Any) -> Tensor:
-        def project(hidden_NE: Tensor) -> Tensor:
-            return output_layer(hidden_NE[None], weight=output_weight, runtime_gather_output=True)[0][0]
-
-        return finish(hidden_states, project)
-
-    return model(tokens_BS, None, None, extra_block_kwargs={"attention_bias": plan}, output_processor=process)
-
-
-def logits_at(
-    model: torch.nn.Module, tokens_BS: Tensor, plan: AttentionPlan, rows_N: Tensor, columns_N: Tensor, vocab_size: int
-) -> Tensor:
-    """Logits [N, vocab_size] at the positions ``(rows_N, columns_N)``, gathered over tensor-parallel ranks."""
-    return _run(
-        model, tokens_BS, plan, lambda hidden_SBE, project: project(hidden_SBE[columns_N, rows_N])[:, :vocab_size]
-    )
-
-
 def losses_at(
     model: torch.nn.Module,
     tokens_BS: Tensor,
@@ -77,15 +50,13 @@ def losses_at(
 ) -> Tensor:
     """Negative log-likelihood (natural log, fp32) [N] of ``labels_N`` at the positions, a slice of them at a time."""
 
-    def finish(hidden_SBE: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+    def process(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **unused: Any) -> Tensor:
         count = max(1, MAX_LOGITS // vocab_size)
-        return torch.cat(
-            [
-                torch.nn.functional.cross_entropy(project(hidden_NE)[:, :vocab_size].float(), labels, reduction="none")
-                for hidden_NE, labels in zip(
-                    hidden_SBE[columns_N, rows_N].split(count), labels_N.split(count), strict=True
-                )
-            ]
-        )
+        losses = []
+        for hidden_NE, labels in zip(hidden_states[columns_N, rows_N].split(count), labels_N.split(count), strict=True):
+            logits_NV = output_layer(hidden_NE[None], weight=output_weight, runtime_gather_output=True)[0][0]
+            scores_NV = logits_NV[:, :vocab_size].float()
+            losses.append(torch.nn.functional.cross_entropy(scores_NV, labels, reduction="none"))
+        return torch.cat(losses)
 
-    return _run(model, tokens_BS, plan, finish)
+    return model(tokens_BS, None, None, extra_block_kwargs={"attention_bias": plan}, output_processor=process)

@@ -88,9 +88,12 @@ def _stand_in_for_cuda_tensors() -> None:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
-    plain_type, to_on_cpu = tensor.type, _on_cpu(tensor.to)
+    plain_type, plain_to, to_on_cpu = tensor.type, tensor.to, _on_cpu(tensor.to)
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # a change of type alone, which generation makes a hundred times a token
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.dtype):
+            return plain_to(self, args[0])
         return to_on_cpu(self, *(_CPU if _is_cuda(arg) else arg for arg in args), **kwargs)
 
     def type_of(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
