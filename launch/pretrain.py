@@ -43,6 +43,7 @@ def parse_run[T: Config](cls: type[T], argv: Sequence[str] | None, prog: str, wh
         f"{what} Start from a recipe or a config file; every option below replaces one field of it.\n"
         "The defaults shown are those without a recipe.",
     )
+    parser.usage = "%(prog)s --recipe NAME|--config FILE [options]"
     parser.add_argument("--recipe", metavar="NAME", help=f"named settings to start from: {', '.join(RECIPES)}")
     parser.add_argument("--config", metavar="FILE", help="JSON file to start from, such as the config.json of a run")
     given = given_options(parser.parse_args(argv))

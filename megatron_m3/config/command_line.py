@@ -199,6 +199,8 @@ def make_parser(cls: type, prog: str, description: str, defaults: Any = None) ->
     parser = _Parser(prog=prog, description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_options(parser, cls, "", defaults)
+    needed = [f"{action.option_strings[0]} {action.metavar}" for action in parser._actions if action.required]
+    parser.usage = " ".join(["%(prog)s", *needed, "[options]"])
     return parser
 
 

@@ -6,7 +6,10 @@ The model chunks are numbered in the order of their layers: chunk ``c`` lies on 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Pass(NamedTuple):
@@ -86,15 +89,28 @@ def pipeline_time(forward: Sequence[float], backward: Sequence[float], stages: i
         stages: pipeline stages; divides the number of chunks.
         micro_batches: of a step; with several chunks on a stage, a multiple of ``stages``.
     """
-    times, now, ends = [*forward, *backward], [0.0] * stages, list[float]()
-    for stage, place, source in _program(stages, len(forward), micro_batches):
+    import numpy as np
+
+    total = step_times(np.array([forward], np.float64), np.array([backward], np.float64), stages, micro_batches)
+    busy = [micro_batches * (sum(forward[stage::stages]) + sum(backward[stage::stages])) for stage in range(stages)]
+    return PipelineTime(total=float(total[0]), busy=tuple(busy))
+
+
+def step_times(forward_NC: "np.ndarray", backward_NC: "np.ndarray", stages: int, micro_batches: int) -> "np.ndarray":
+    """From the first pass to the end of the last one, [N], for N times of C chunks; see :func:`pipeline_time`."""
+    import numpy as np
+
+    times = np.concatenate([forward_NC, backward_NC], 1).T.copy()
+    now, ends = [np.zeros(len(forward_NC))] * stages, list[np.ndarray | None]()
+    for stage, place, source in _program(stages, forward_NC.shape[1], micro_batches):
         start = now[stage]
-        if source >= 0 and ends[source] > start:
-            start = ends[source]
+        if source >= 0:
+            came, ends[source] = ends[source], None  # one pass takes it, and memory is for those under way
+            assert came is not None
+            start = np.maximum(start, came)
         now[stage] = start + times[place]
         ends.append(now[stage])
-    busy = [micro_batches * (sum(forward[stage::stages]) + sum(backward[stage::stages])) for stage in range(stages)]
-    return PipelineTime(total=max(now), busy=tuple(busy))
+    return np.max(now, 0)
 
 
 def most_held(sizes: Sequence[float], stage: int, stages: int, micro_batches: int) -> float:

@@ -8,12 +8,12 @@ first and the last chunk may go without layers; numbers that a user gives may le
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 from megatron_m3.config.flops import head_flops, layer_flops
-from megatron_m3.config.pipeline_time import pipeline_time
 from megatron_m3.config.schema import Config
+from megatron_m3.config.split_search import SplitSearch
 
 ROUNDS = 4
 """Micro-batches for each stage in the step that an interleaved split is judged by."""
@@ -83,39 +83,15 @@ def _chunk_costs(parts: Sequence[Cost], cuts: Sequence[int]) -> list[Cost]:
 def _plan(parts: tuple[Cost, ...], stages: int, chunks: int, first: int) -> tuple[int, ...]:
     """Cuts of the best split whose first chunk has at least ``first`` parts.
 
-    On one chunk a stage it is the exact one. On several, where the order of the passes counts too, the split that no
-    shift of a run of cuts by one makes faster, by the schedule's time.
+    On one chunk a stage it is the exact one. On several, where the order of the passes counts too, the best of all if
+    there are not too many, else one that no shift of a run of cuts by one makes faster, by the schedule's time.
     """
     balanced = _balance([sum(part) for part in parts], chunks, first)
     if chunks == stages:
         return balanced
-
-    def time(cuts: tuple[int, ...]) -> float:
-        costs = _chunk_costs(parts, cuts)
-        return pipeline_time([cost[0] for cost in costs], [cost[1] for cost in costs], stages, ROUNDS * stages).total
-
     even = _cuts(even_layers(len(parts) - 2, chunks))
-    best = min((balanced, even), key=time) if _allowed(even, first) else balanced
-    least, moved = time(best), True
-    while moved:
-        moved = False
-        for cuts in _shifted(best, first):
-            took = time(cuts)
-            if took < least * (1 - 1e-9):
-                best, least, moved = cuts, took, True
-                break
-    return best
-
-
-def _shifted(cuts: tuple[int, ...], first: int) -> Iterator[tuple[int, ...]]:
-    """All splits that differ by one part in two chunks, neighbours first."""
-    inner = len(cuts) - 2
-    for length in range(1, inner + 1):
-        for start in range(1, inner - length + 2):
-            for by in (-1, 1):
-                moved = tuple(cut + by * (start <= place < start + length) for place, cut in enumerate(cuts))
-                if _allowed(moved, first):
-                    yield moved
+    starts = [balanced, even] if _allowed(even, first) else [balanced]
+    return SplitSearch(parts, stages, ROUNDS * stages, first).best(starts)
 
 
 def _allowed(cuts: Sequence[int], first: int) -> bool:

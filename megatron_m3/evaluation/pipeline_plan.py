@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 from megatron_m3.config import Config, stage_layers
 from megatron_m3.config.pipeline_time import PipelineTime, most_held, pipeline_time
@@ -16,6 +16,9 @@ LOGIT_BYTES = 4
 """The loss keeps its softmax in fp32."""
 LARGE_BUBBLE = 0.1
 """Share of waiting from which a way to less of it is told."""
+
+MANY_CHUNKS = 16
+"""Of more model chunks, those in a row with as many layers are told together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +255,11 @@ def _range(first: int, count: int) -> str:
 
 
 def _numbers(layers: Sequence[int]) -> str:
-    return ",".join(map(str, layers))
+    """As ``parallel.split`` takes them; many of them, shorter."""
+    if len(layers) <= MANY_CHUNKS:
+        return ",".join(map(str, layers))
+    runs = [(number, len(list(run))) for number, run in groupby(layers)]
+    return ", ".join(f"{number} ({count} times)" if count > 1 else str(number) for number, count in runs)
 
 
 def _percent(share: float) -> str:

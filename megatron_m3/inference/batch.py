@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_m3.errors import M3Error
 from megatron_m3.inference.cache import CachePlan, CacheShape
 from megatron_m3.inference.decoder import Decoder
 from megatron_m3.inference.forward import local_kv_heads
@@ -19,11 +20,20 @@ from megatron_m3.model.layout import trunk_positions
 from megatron_m3.model.rope import Rope
 from megatron_m3.ops.choice import choose_backend
 
+NOT_FINITE = ("checkpoint: its logits are no numbers or infinite; the training diverged, or a memory is broken: "
+              "take another checkpoint, or build the bank again")
+
+
+def concerns_all(error: Exception) -> bool:
+    """Whether no sequence of a batch is to blame: a device, or its memory, is gone."""
+    return isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError | MemoryError)
+
 
 class Batch:
     """Continuations that grow together: ``prefill``, then ``step`` after ``step`` while one goes on.
 
-    Between steps others can join. What does not go on leaves with the next step.
+    Between steps others can join. What does not go on leaves with the next step. What cannot be continued has its
+    ``failure`` set, unless that concerns all.
     """
 
     def __init__(
@@ -104,8 +114,11 @@ class Batch:
     def _append(self, logits_BV: Tensor) -> None:
         self.newest_B = choose(logits_BV, [one.draw for one in self.continuations])
         for one, token in zip(self.continuations, self.newest_B.tolist(), strict=True):
-            one.ended = token == self.eos
-            one.tokens += [] if one.ended else [token]
+            if token < 0:
+                one.failure = one.failure or M3Error(NOT_FINITE)
+            if one.failure is None:
+                one.ended = token == self.eos
+                one.tokens += [] if one.ended else [token]
 
     def join(self, other: "Batch") -> None:
         """Take the continuations of another batch, which has been prefilled; their order stays, behind one's own."""
@@ -164,19 +177,37 @@ class Batch:
         return recall.memories_of(recalled, chunk_BC, has_chunk_B1)
 
     def _recall_generated(self, recall: Recall) -> None:
-        """Replace the memories of the continuations whose chunk is full by what it retrieves."""
+        """Replace the memories of the continuations whose chunk is full by what it retrieves.
+
+        In one process, those for which that fails fail alone; several must go on with the same ones.
+        """
         rows = [row for row, one in enumerate(self.continuations) if len(one.tokens) % self.chunk_length == 0]
         if not rows:
             return
+        try:
+            self._recall_rows(recall, rows)
+        except Exception as error:
+            if self.config.parallel.tensor > 1 or concerns_all(error):
+                raise
+            for row in rows:
+                try:
+                    self._recall_rows(recall, [row])
+                except Exception as its_error:
+                    if concerns_all(its_error):
+                        raise
+                    self.continuations[row].failure = its_error
+
+    def _recall_rows(self, recall: Recall, rows: list[int]) -> None:
         full = [self.continuations[row] for row in rows]
         recalled = recall([one.tokens[-self.chunk_length :] for one in full], [one.prompt for one in full],
                           self.statistics)
-        for chunk, one in enumerate(full):
-            one.read.append(("generated", len(one.tokens), recall.references(recalled, chunk)))
+        found = [recall.references(recalled, chunk) for chunk in range(len(full))]
         started = time.perf_counter()
         each = np.arange(len(rows))[:, None]
         self.cache.recall(recall.memories_of(recalled, each, each >= 0), rows)
         self.statistics.fetch_seconds += time.perf_counter() - started
+        for one, references in zip(full, found, strict=True):
+            one.read.append(("generated", len(one.tokens), references))
 
 
 def cut(tokens: list[int], length: int) -> list[list[int]]:

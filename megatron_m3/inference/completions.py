@@ -14,11 +14,11 @@ from megatron_m3.inference.generation import Continuation
 from megatron_m3.inference.sampling import Sampling
 from megatron_m3.model.layout import trunk_positions
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (), "suffix": ("",), "presence_penalty": (0,),
-    "frequency_penalty": (0,), "logit_bias": ({},),
+NEUTRAL: dict[str, Any] = {
+    "n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": "", "presence_penalty": 0, "frequency_penalty": 0,
+    "logit_bias": {},
 }
-"""OpenAI's fields that do nothing here, and the values with which they ask for nothing."""
+"""OpenAI's fields that do nothing here, and the value with which they ask for nothing."""
 MAX_STOPS = 4
 
 
@@ -32,7 +32,7 @@ class RequestError(M3Error):
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's shape of an error."""
-        kinds = {429: "rate_limit_error", 500: "server_error"}
+        kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
         return {"error": {"message": str(self), "type": kinds.get(self.status, "invalid_request_error"),
                           "param": self.param, "code": self.code}}
 
@@ -121,8 +121,8 @@ def read_request(body: bytes, serving: Serving) -> tuple[CompletionRequest, list
     if not isinstance(fields, dict):
         raise RequestError("body: must be a JSON object")
     given = {name: value for name, value in fields.items() if value is not None}
-    for name, values in NEUTRAL.items():
-        if name in given and given.pop(name) not in values:
+    for name, neutral in NEUTRAL.items():
+        if name in given and not _same(given.pop(name), neutral):
             raise RequestError(f"{name}: not supported; leave it out", param=name)
     prompts = _read_prompts(given.pop("prompt", ""), serving)
     if isinstance(given.get("stop"), str):
@@ -132,8 +132,15 @@ def read_request(body: bytes, serving: Serving) -> tuple[CompletionRequest, list
         request.sampling  # noqa: B018
     except ConfigError as error:
         raise RequestError(str(error), param=str(error).partition("=")[0].partition(":")[0]) from None
+    if "stream_options" in given and not request.stream:
+        raise RequestError("stream_options: only of a stream; leave it out or give stream", param="stream_options")
     _check(request, prompts, serving)
     return request, prompts
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal, and not a number in place of true or false."""
+    return bool(value == other and isinstance(value, bool) == isinstance(other, bool))
 
 
 def _read_prompts(prompt: Any, serving: Serving) -> list[list[int]]:
@@ -187,7 +194,8 @@ class Answer:
         told = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.serving.name,
                 "system_fingerprint": self.serving.fingerprint, "choices": list(choices)}
         if not continuations:
-            return told
+            # as OpenAI's: each message has the field if the last one fills it
+            return told | ({"usage": None} if self.request.stream_options.include_usage else {})
         read = sum(len(one.prompt) for one in continuations)
         written = sum(len(one.tokens) for one in continuations)
         return told | {"usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}}

@@ -93,7 +93,9 @@ class Engine:
         batch = self.batch(continuations, stop_at_eos=stop_at_eos)
         batch.prefill()
         while batch.goes_on:
+            _check(continuations)
             batch.step()
+        _check(continuations)
         batch.statistics.generated_tokens = sum(len(one.tokens) for one in continuations)
         batch.statistics.total_seconds = time.perf_counter() - started
         if self.recall and counts:
@@ -109,3 +111,10 @@ class Engine:
     def generation(self, continuation: Continuation) -> Generation:
         """What a continuation generated so far, as text."""
         return continuation.generation(self.loaded.tokenizer, self.config.memory.chunk_length)
+
+
+def _check(continuations: Sequence[Continuation]) -> None:
+    """Raise what went wrong with one of a call's continuations."""
+    for one in continuations:
+        if one.failure is not None:
+            raise one.failure

@@ -1,5 +1,6 @@
 """What a generation returns: the text, the tokens, and which references every chunk read."""
 
+import copy
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,13 +69,20 @@ class Continuation:
     """Whether EOS came."""
     dropped: bool = False
     """Whether nobody wants more of it."""
+    failure: Exception | None = None
+    """Why no more of it can be had; others of its batch go on."""
     read: list[tuple[Part, int, list[ReadReference]]] = field(default_factory=list)
     """Part, first token and references of each chunk."""
 
     @property
     def goes_on(self) -> bool:
         """Whether another token is wanted."""
-        return not self.ended and not self.dropped and len(self.tokens) < self.max_new_tokens
+        over = self.ended or self.dropped or self.failure is not None
+        return not over and len(self.tokens) < self.max_new_tokens
+
+    def afresh(self) -> "Continuation":
+        """The same prompt before anything is generated; called while that is so, its draws will be the same."""
+        return Continuation(prompt=self.prompt, max_new_tokens=self.max_new_tokens, draw=copy.deepcopy(self.draw))
 
     def generation(self, tokenizer: "Tokenizer", chunk_length: int) -> Generation:
         """What was generated so far."""

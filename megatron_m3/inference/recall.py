@@ -1,5 +1,7 @@
 """Recall: the text of a chunk retrieves references, and their explicit memories are fetched (section 3.1)."""
 
+import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,6 +63,8 @@ class Recall:
         self.held = [[head - first for head in heads] for heads in memory_heads.values()]
         self._behind = ThreadPoolExecutor(1, thread_name_prefix="look ahead")
         self._ahead: Future[None] | None = None
+        self._coming: list[tuple[Sequence[int], Sequence[int]]] = []
+        self._of_coming, self._retrieving = threading.Lock(), threading.Lock()
 
     def __call__(
         self, chunks: Sequence[Sequence[int]], questions: Sequence[Sequence[int]], statistics: Statistics
@@ -70,8 +74,8 @@ class Recall:
             none = np.zeros((0, self.references_per_chunk), dtype=np.int64)
             return Recalled(memories=self.source.fetch(none[:, 0]), rows=none, valid=none > 0, ids=none, scores=none)
         start = time.perf_counter()
-        self.finish()
-        found = self._retrieve(chunks, questions)
+        with self._retrieving:
+            found = self._retrieve(chunks, questions)
         retrieved = time.perf_counter()
         distinct, inverse = np.unique(found.ids[found.valid], return_inverse=True)
         rows = np.zeros(found.ids.shape, dtype=np.int64)
@@ -85,21 +89,34 @@ class Recall:
         return Recalled(memories=memories, rows=rows, valid=valid, ids=found.ids, scores=found.scores)
 
     def look_ahead(self, chunks: Sequence[Sequence[int]], questions: Sequence[Sequence[int]]) -> None:
-        """Retrieve, in the background, with what there is of chunks, and have the references' memories brought."""
-        self.finish()
-        self._ahead = self._behind.submit(self._look_ahead, chunks, questions)
+        """In the background, retrieve with what there is of chunks, and have the references' memories brought.
 
-    def _look_ahead(self, chunks: Sequence[Sequence[int]], questions: Sequence[Sequence[int]]) -> None:
-        found = self._retrieve(chunks, questions)
-        self.source.prefetch(found.ids[found.valid])
+        Returns at once; what comes while others are retrieved is retrieved together. Errors are nobody's: the recall of
+        the whole chunk does all of it again, and meets what is still wrong.
+        """
+        with self._of_coming:
+            self._coming += zip(chunks, questions, strict=True)
+            if self._ahead is None:
+                self._ahead = self._behind.submit(self._look_ahead)
+
+    def _look_ahead(self) -> None:
+        while True:
+            with self._of_coming:
+                coming, self._coming = self._coming, []
+                if not coming:
+                    self._ahead = None
+                    return
+            try:
+                with self._retrieving:
+                    found = self._retrieve(*zip(*coming, strict=True))
+                    self.source.prefetch(found.ids[found.valid])
+            except Exception as error:
+                print(f"not read ahead: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
-        """Wait for the retrieval in the background, if there is any.
-
-        Raises:
-            Exception: what it met.
-        """
-        ahead, self._ahead = self._ahead, None
+        """Wait for what is retrieved in the background, if anything is."""
+        with self._of_coming:
+            ahead = self._ahead
         if ahead is not None:
             ahead.result()
 

@@ -62,7 +62,7 @@ def draws(sampling: Sampling, prompts: Sequence[Sequence[int]]) -> list[Draw]:
 
 
 def choose(logits_BV: Tensor, draw_of: Sequence[Draw]) -> Tensor:
-    """The next token ids, int64 [B], each as its sequence's draw says."""
+    """The next token ids, int64 [B], each as its sequence's draw says; -1 where a logit is no number or infinite."""
     groups: dict[tuple[float, int, float], list[int]] = {}
     for row, draw in enumerate(draw_of):
         settings = draw.sampling
@@ -79,7 +79,8 @@ def _choose_alike(logits_BV: Tensor, draw_of: Sequence[Draw]) -> Tensor:
     sampling = draw_of[0].sampling
     if sampling.temperature == 0.0:
         # the CPU has a fast argmax for fp32 alone
-        return logits_BV.float().argmax(-1)
+        token_B = logits_BV.float().argmax(-1)
+        return token_B.where(logits_BV.gather(-1, token_B[:, None])[:, 0].isfinite(), -1)
     whole_BV = (logits_BV.double() / sampling.temperature).softmax(-1)
     probability_BV, token_BV = whole_BV.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
@@ -92,4 +93,5 @@ def _choose_alike(logits_BV: Tensor, draw_of: Sequence[Draw]) -> Tensor:
     target_B1 = drawn.to(cumulative_BV.device) * cumulative_BV[:, -1:]
     rank_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
     rank_B1 = rank_B1.minimum((probability_BV > 0).sum(-1, keepdim=True) - 1)
-    return token_BV.gather(1, rank_B1)[:, 0]
+    drawn_B = token_BV.gather(1, rank_B1.clamp_min(0))[:, 0]
+    return drawn_B.where(probability_BV[:, 0].isfinite(), -1)

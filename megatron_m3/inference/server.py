@@ -3,7 +3,8 @@
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Generator
+import traceback
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -14,17 +15,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from megatron_m3.inference.completions import Answer, CompletionRequest, RequestError, Serving, read_request
 from megatron_m3.inference.generation import Continuation
 from megatron_m3.inference.sampling import draws
-from megatron_m3.inference.service import BusyError, Piece, Service, Ticket
+from megatron_m3.inference.service import BrokenError, BusyError, Piece, Service, Ticket
 from megatron_m3.inference.writer import Writer
 
 MAX_BODY_BYTES = 1 << 24
 REPORT_SECONDS = 60.0
 GONE = 499
 """Status, in the metrics alone, of a request whose client left before its answer."""
+OWN_ERROR = RequestError("the server met an error of its own; see its log", status=500)
 
 
 class Server(uvicorn.Server):
@@ -76,7 +79,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _own_error(request: Request, error: Exception) -> Response:
     """A fault of ours; its traceback is in the log."""
-    return JSONResponse(RequestError("the server met an error of its own; see its log", status=500).body, 500)
+    return JSONResponse(OWN_ERROR.body, 500)
 
 
 class _ClientGoneError(Exception):
@@ -86,13 +89,16 @@ class _ClientGoneError(Exception):
 class _Routes:
     def __init__(self, serving: Serving, service: Service) -> None:
         self.serving, self.service = serving, service
+        self.taken = 0
+        """Requests for completions that are being read, wait or run."""
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self.serving.model()]})
 
     async def health(self, request: Request) -> Response:
-        well = self.service.failure is None
-        return JSONResponse({"status": "ok" if well else "failed"}, 200 if well else 503)
+        if self.service.failure is not None:
+            return JSONResponse({"status": "failed", "error": self.service.told}, 503)
+        return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
         return PlainTextResponse(self.service.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -111,22 +117,37 @@ class _Routes:
             before = tokens
 
     async def complete(self, request: Request) -> Response:
-        count = self.service.metrics.requests
+        most = self.service.batch + self.service.queue
+        if self.taken >= most:
+            self.service.metrics.requests.labels(429).inc()
+            return _refusal(RequestError(f"{most} requests are here already; try again later", status=429,
+                                         code="queue_full"))
+        self.taken += 1
         try:
             body = await _read_body(request)
             asked, prompts = await run_in_threadpool(read_request, body, self.serving)
             work = _Work(self, request, asked, prompts)
             if asked.stream:
-                return StreamingResponse(work.stream(), headers={"Cache-Control": "no-cache"},
-                                         media_type="text/event-stream")
+                return _Stream(work, self._done)
             answer: Response = JSONResponse(await work.whole())
         except RequestError as error:
-            headers = {"Retry-After": "1"} if error.status == 429 else None
-            answer = JSONResponse(error.body, error.status, headers=headers)
+            answer = _refusal(error)
         except (_ClientGoneError, ClientDisconnect):
             answer = Response(status_code=GONE)
-        count.labels(answer.status_code).inc()
+        except BaseException:
+            self._done(500)
+            raise
+        self._done(answer.status_code)
         return answer
+
+    def _done(self, status: int) -> None:
+        self.taken -= 1
+        self.service.metrics.requests.labels(status).inc()
+
+
+def _refusal(error: RequestError) -> Response:
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    return JSONResponse(error.body, error.status, headers=headers)
 
 
 async def _read_body(request: Request) -> bytes:
@@ -146,7 +167,7 @@ class _Work:
         Raises:
             RequestError: the line is full, or too short for so many prompts.
         """
-        self.request, self.asked, self.requests = request, asked, server.service.metrics.requests
+        self.request, self.asked, self.status = request, asked, GONE
         self.answer = Answer(request=asked, serving=server.serving)
         self.news: asyncio.Queue[Piece | None] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
@@ -167,6 +188,8 @@ class _Work:
             server.service.submit(self.tickets)
         except BusyError as error:
             raise RequestError(str(error), status=429, code="queue_full") from None
+        except BrokenError as error:
+            raise RequestError(str(error), status=503) from None
 
     def _tell(self, piece: Piece) -> None:
         self.loop.call_soon_threadsafe(self.news.put_nowait, piece)
@@ -186,15 +209,16 @@ class _Work:
                 yield self.answer.choice(piece.ticket.index, piece.text, piece.reason, piece.ticket.continuation)
         finally:
             watching.cancel()
-            self._drop()
+            self.drop()
 
     async def _watch(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        self._drop()
+        self.drop()
         self.news.put_nowait(None)
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Have the service forget what is not done."""
         for ticket in self.tickets:
             ticket.dropped = True
 
@@ -206,21 +230,38 @@ class _Work:
         return self.answer.message(sorted(choices, key=lambda choice: choice["index"]), self._continuations())
 
     async def stream(self) -> AsyncIterator[str]:
-        status = GONE
+        """The messages of a stream; :attr:`status` tells in the end how it went."""
         try:
             async for choice in self._choices():
                 yield _event(self.answer.message([choice]))
             if self.asked.stream_options.include_usage:
                 yield _event(self.answer.message([], self._continuations()))
             yield "data: [DONE]\n\n"
-            status = 200
+            self.status = 200
         except RequestError as error:
-            status = error.status
+            self.status = error.status
             yield _event(error.body)
         except _ClientGoneError:
             pass
+        except Exception as error:
+            self.status = 500
+            traceback.print_exception(error)
+            yield _event(OWN_ERROR.body)
+
+
+class _Stream(StreamingResponse):
+    """The answer as it comes; when it ends, or its client has gone, its prompts leave."""
+
+    def __init__(self, work: _Work, done: Callable[[int], None]) -> None:
+        super().__init__(work.stream(), headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
+        self.work, self.done = work, done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
         finally:
-            self.requests.labels(status).inc()
+            self.work.drop()
+            self.done(self.work.status)
 
 
 def _event(message: dict[str, Any]) -> str:

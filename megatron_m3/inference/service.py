@@ -1,7 +1,12 @@
-"""One thread that generates for many: prompts wait in line, and join the running batch between its steps."""
+"""One thread that generates for many: prompts wait in line, and join the running batch between its steps.
+
+Each prompt has its own errors, of reading, sampling or writing: it leaves, and the others go on. An error of a whole
+pass ends those that run; a lost device ends the service.
+"""
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,12 +24,12 @@ from megatron_m3.inference.writer import Writer
 Reason = Literal["stop", "length", "failed"]
 
 
-EXPECTED = (M3Error, OSError, torch.OutOfMemoryError)
-"""Errors after which the service goes on: of artifacts, files, and the device's memory."""
-
-
 class BusyError(M3Error):
     """The line is full."""
+
+
+class BrokenError(M3Error):
+    """The service can generate no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +84,25 @@ class Service:
         """Take the prompts of one request into the line.
 
         Raises:
-            BusyError: the line has no room for all of them, or the service is broken.
+            BusyError: the line has no room for all of them.
+            BrokenError: the service is broken.
         """
         with self._changed:
             if self.failure is not None:
-                raise BusyError("the server has failed and is about to leave")
+                raise BrokenError(self.told)
             self._waiting = deque(one for one in self._waiting if not one.dropped)
             if len(self._waiting) + len(tickets) > self.queue:
                 raise BusyError(f"{len(self._waiting)} prompts wait already, of at most {self.queue}; try again later")
             self._waiting.extend(tickets)
             self.metrics.waiting.set(len(self._waiting))
             self._changed.notify()
+
+    @property
+    def told(self) -> str:
+        """What users are told of :attr:`failure`; empty while there is none."""
+        if self.failure is None:
+            return ""
+        return f"the server has failed and leaves ({type(self.failure).__name__}: {_first_line(self.failure)})"
 
     def close(self) -> None:
         """Drop what there is and end the thread."""
@@ -106,7 +119,7 @@ class Service:
             with self._changed:
                 self.failure = error
                 left = [*self._running, *self._waiting]
-            self._refuse(left, "the server has failed")
+            self._refuse(left, self.told)
             self.on_failure()
 
     def _generate(self) -> None:
@@ -119,15 +132,11 @@ class Service:
                 ticket.continuation.dropped |= ticket.dropped
             if batch is not None and not batch.goes_on:
                 batch = None
-            try:
-                if admitted:
-                    batch = self._begin(admitted, batch)
-                elif batch is not None:
-                    self._count(batch, batch.step)
-            except EXPECTED as error:
-                self._refuse(self._running, _told(error))
-                batch = None
-            self._running = [ticket for ticket in self._running if self._tell(ticket)]
+            if admitted:
+                batch = self._begin(admitted, batch)
+            elif batch is not None:
+                batch = self._step(batch)
+            self._running = [ticket for ticket in self._running if self._goes_on(ticket)]
             self.metrics.running.set(len(self._running))
 
     def _admit(self) -> list[Ticket]:
@@ -140,17 +149,40 @@ class Service:
         return [ticket for ticket in admitted if not ticket.dropped]
 
     def _begin(self, admitted: list[Ticket], batch: Batch | None) -> Batch | None:
-        """Read the prompts of those who join; the batch with them. When that fails they alone are refused."""
+        """Read the prompts of those who join; the batch with them. Those whose prompts fail alone too are refused."""
         self._running += admitted
-        new = self.engine.batch([ticket.continuation for ticket in admitted])
+        for new in self._read(admitted):
+            try:
+                if batch is not None:
+                    batch.join(new)
+            except Exception as error:
+                self._refuse(self._running, self._blame(error))
+                return None
+            batch = batch or new
+        return batch
+
+    def _read(self, tickets: list[Ticket]) -> list[Batch]:
+        """Prefill prompts together, or where that fails each alone; those that succeeded."""
+        again = [ticket.continuation.afresh() for ticket in tickets]
+        batch = self.engine.batch([ticket.continuation for ticket in tickets])
         try:
-            self._count(new, new.prefill)
-        except EXPECTED as error:
-            self._refuse(admitted, _told(error))
-            return batch
-        if batch is None:
-            return new
-        batch.join(new)
+            self._count(batch, batch.prefill)
+            return [batch]
+        except Exception as error:
+            if len(tickets) == 1:
+                self._refuse(tickets, self._blame(error))
+                return []
+        for ticket, continuation in zip(tickets, again, strict=True):
+            ticket.continuation = continuation
+        return [one for ticket in tickets for one in self._read([ticket])]
+
+    def _step(self, batch: Batch) -> Batch | None:
+        """One more token for each; where that fails as a whole, all are refused."""
+        try:
+            self._count(batch, batch.step)
+        except Exception as error:
+            self._refuse(self._running, self._blame(error))
+            return None
         return batch
 
     def _count(self, batch: Batch, work: Callable[[], None]) -> None:
@@ -165,8 +197,18 @@ class Service:
             statistics.count_reading(recall.source.counts.since(counts))
         self.metrics.count(statistics, sum(len(one.tokens) for one in everyone) - before)
 
-    def _tell(self, ticket: Ticket) -> bool:
+    def _goes_on(self, ticket: Ticket) -> bool:
         """Tell of what is new; whether the prompt is still being continued."""
+        try:
+            failure = ticket.continuation.failure
+            if failure is None or ticket.continuation.dropped:
+                return self._tell(ticket)
+        except Exception as error:
+            failure = error
+        self._refuse([ticket], self._blame(failure))
+        return False
+
+    def _tell(self, ticket: Ticket) -> bool:
         one, writer = ticket.continuation, ticket.writer
         if not ticket.written and (one.tokens or one.ended):
             self.metrics.first_token_seconds.observe(time.monotonic() - ticket.since)
@@ -190,12 +232,20 @@ class Service:
             ticket.continuation.dropped = True
             ticket.tell(Piece(ticket=ticket, text="", reason="failed", error=why))
 
+    def _blame(self, error: Exception) -> str:
+        """What the user is told of an error; it is raised again if the device is lost, so that nothing can go on."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return "the device has no memory left; start the server with a smaller --batch or --context"
+        message = user_message(error)
+        if message is None:
+            traceback.print_exception(error)
+            try:
+                torch.ones(1, device=self.engine.loaded.device).sum().item()
+            except RuntimeError as lost:
+                raise lost from error
+            message = f"the server met an error of its own ({type(error).__name__}); see its log"
+        return message
 
-def _told(error: Exception) -> str:
-    """What the user is told of an error; one that is ours is raised again."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the device has no memory left; start the server with a smaller --batch or --context"
-    message = user_message(error)
-    if message is None:
-        raise error
-    return message
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_m3.errors import M3Error
 from megatron_m3.memory.cache import MemoryCache
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.cold import ColdMemories
@@ -109,7 +108,7 @@ class MemorySource:
         """The memories of ``ids``, in that order, as :attr:`delivery` says; ids may repeat.
 
         Raises:
-            M3Error: they cannot be read. Other errors are those of reading ahead.
+            M3Error: they cannot be read.
         """
         distinct, inverse = np.unique(np.asarray(ids, np.int64), return_inverse=True)
         self._await(distinct)
@@ -166,9 +165,7 @@ class MemorySource:
         start = time.perf_counter()
         for future in futures:
             if not future.cancel():
-                error = future.exception()
-                if error is not None and not isinstance(error, M3Error):
-                    raise error
+                future.exception()
         if futures:
             self.counts.wait_seconds += time.perf_counter() - start
 

@@ -3,17 +3,18 @@
 import dataclasses
 import json
 import os
-import queue
 import re
-import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 import requests
+import torch
 
 from launch.m3 import main
 from launch.serve import ServeOptions, bind, open_serving
@@ -51,7 +52,7 @@ class Client:
         self.address = f"http://{address}"
 
     def ask(self, **fields):
-        return requests.post(f"{self.address}/v1/completions", json=fields, timeout=120)
+        return requests.post(f"{self.address}/v1/completions", data=json.dumps(fields), timeout=120)
 
     def choices(self, **fields):
         answer = self.ask(**fields)
@@ -69,8 +70,9 @@ class Client:
                     yield told if told == "[DONE]" else json.loads(told)
 
     def metric(self, name):
+        """0 where nothing was counted yet."""
         lines = requests.get(f"{self.address}/metrics", timeout=120).text.splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+        return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,7 @@ def client(given):
     serving = open_serving(ServeOptions(**given))
     server = Server(serving, Service(serving.engine, Metrics(), batch=2, queue=3), leave_seconds=5)
     with bind("127.0.0.1", 0) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # a client that does not read is soon felt
         listener.listen()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -147,6 +150,7 @@ def test_a_stream_ends_with_reason_memories_and_usage(client):
     expected = client.ask(**options).json()
     *messages, usage, done = client.stream(**options, stream_options={"include_usage": True})
     assert (done, usage["choices"], usage["usage"]) == ("[DONE]", [], expected["usage"])
+    assert all(told["usage"] is None for told in messages)
     for index, choice in enumerate(expected["choices"]):
         pieces = [told["choices"][0] for told in messages if told["choices"][0]["index"] == index]
         assert len(pieces) > 3
@@ -199,6 +203,29 @@ def test_a_full_line_refuses_and_who_leaves_makes_room(client):
         ({"prompt": "a", "top_p": "x"}, 400, "top_p", "must be a number"),
         ({"prompt": "a", "stop": ["a"] * 5}, 400, "stop", "at most 4"),
         ({"prompt": "a", "n": 2}, 400, "n", "not supported"),
+        ({"prompt": "a", "n": True}, 400, "n", "not supported"),
+        ({"prompt": "a", "best_of": 2}, 400, "best_of", "not supported"),
+        ({"prompt": "a", "logprobs": 0}, 400, "logprobs", "not supported"),
+        ({"prompt": "a", "echo": True}, 400, "echo", "not supported"),
+        ({"prompt": "a", "echo": 0}, 400, "echo", "not supported"),
+        ({"prompt": "a", "suffix": "b"}, 400, "suffix", "not supported"),
+        ({"prompt": "a", "presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
+        ({"prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias", "not supported"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options", "only of a stream"),
+        ({"prompt": "a", "stream": True, "stream_options": {"wat": 1}}, 400, "stream_options.wat", "unknown field"),
+        ({"prompt": "a", "stream": 1}, 400, "stream", "must be true or false"),
+        ({"prompt": "a", "seed": -1}, 400, "seed", "0 or more"),
+        ({"prompt": "a", "seed": 1.5}, 400, "seed", "a whole number"),
+        ({"prompt": "a", "user": 5}, 400, "user", "must be text"),
+        ({"prompt": "a", "top_k": -1}, 400, "top_k", "0 (all tokens) or more"),
+        ({"prompt": "a", "top_p": 0}, 400, "top_p", "above 0"),
+        ({"prompt": "a", "temperature": float("inf")}, 400, "temperature", "must be 0"),
+        ({"prompt": "a", "stop": ""}, 400, "stop", "none of them empty"),
+        ({"prompt": "a", "max_completion_tokens": 5}, 400, "max_completion_tokens", "unknown field"),
+        ({"prompt": []}, 400, "prompt", "must be a text"),
+        ({"prompt": [[5], []]}, 400, "prompt", "must be a text"),
+        ({"prompt": [5, "a"]}, 400, "prompt", "must be a text"),
+        ({"prompt": [True, 5]}, 400, "prompt", "must be a text"),
         ({"prompt": "a", "wat": 2}, 400, "wat", "unknown field"),
         ({"prompt": "a", "model": "other"}, 404, "model", "run is"),
     ],
@@ -226,41 +253,98 @@ def test_what_clients_and_operators_ask(client):
     assert requests.get(f"{client.address}/health", timeout=120).json() == {"status": "ok"}
     before = {name: client.metric(name) for name in ("m3_memories_read_total", "m3_memory_cache_hits_total",
                                                      'm3_requests_total{status="200"}')}
-    client.choices(prompt=[5, 6, 7], max_tokens=3, model="run", n=1, user="me")
+    client.choices(prompt=[5, 6, 7], max_tokens=3, model="run", n=1, user="me", best_of=1, echo=False, logprobs=None,
+                   suffix="", presence_penalty=0.0, frequency_penalty=0, logit_bias={}, stop=[])
+    empty = client.choices(prompt="", max_tokens=3, seed=1)
+    assert empty == client.choices(max_tokens=3, seed=1), "from the beginning of a document"
     client.choices(prompt=sentence(3, 12), max_tokens=1)
     assert all(client.metric(name) > value for name, value in before.items())
 
 
-def test_a_damaged_bank_fails_who_reads_it_and_an_error_of_ours_ends_the_service(given, tmp_path):
-    from megatron_m3.inference.generation import Continuation
+def asking_by_hand(client, body, length=None):
+    """A connection that has sent a request, or so much of it, and takes a few bytes at a time."""
+    host, port = client.address.removeprefix("http://").split(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect((host, int(port)))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: m3\r\nContent-Length: {length or len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def test_a_slow_reader_keeps_nobody_waiting(client):
+    prompts = [sentence(seed, 9) for seed in range(4)]
+    asked = {"prompt": prompts, "max_tokens": LONG, "stream": True, "temperature": 0}
+    tokens, answered = client.metric("m3_generated_tokens_total"), client.metric('m3_requests_total{status="200"}')
+    with asking_by_hand(client, json.dumps(asked).encode()) as slow:
+        wait_until(lambda: client.metric("m3_generated_tokens_total") - tokens == 4 * LONG, "it is kept waiting")
+        assert client.choices(prompt=sentence(3, 9), max_tokens=2)
+        assert client.metric('m3_requests_total{status="200"}') == answered + 1, "what was not read is not there yet"
+        slow.settimeout(60)
+        told = b""
+        while b"[DONE]" not in told:
+            piece = slow.recv(65536)
+            assert piece, told[-600:]
+            told += piece
+    assert told.count(b'"finish_reason": "length"') == 4
+
+
+def test_who_leaves_before_a_whole_answer_is_dropped(client):
+    gone = client.metric('m3_requests_total{status="499"}')
+    tokens = client.metric("m3_generated_tokens_total")
+    with asking_by_hand(client, json.dumps({"prompt": "a", "max_tokens": LONG, "temperature": 0}).encode()):
+        wait_until(lambda: client.metric("m3_batch_size") == 1, "it does not run")
+    wait_until(lambda: client.metric('m3_requests_total{status="499"}') == gone + 1, "who left is waited for")
+    wait_until(lambda: client.metric("m3_batch_size") == 0, "who left still runs")
+    assert client.metric("m3_generated_tokens_total") - tokens < LONG
+
+
+def test_requests_that_are_still_coming_are_bounded_too(client):
+    with ExitStack() as coming:
+        for _ in range(5):
+            coming.enter_context(asking_by_hand(client, b"{", 10))
+        wait_until(lambda: client.ask(prompt="a", max_tokens=1).status_code == 429, "more are taken")
+        refused = client.ask(prompt="a", max_tokens=1)
+        assert "5 requests are here already" in refused.json()["error"]["message"]
+        assert refused.headers["Retry-After"] == "1"
+        assert requests.get(f"{client.address}/health", timeout=120).status_code == 200
+    wait_until(lambda: client.ask(prompt="a", max_tokens=1).status_code == 200, "who left is still there")
+
+
+def test_a_server_whose_device_is_lost_says_so(given):
     from megatron_m3.inference.metrics import Metrics
-    from megatron_m3.inference.sampling import Sampling, draws
-    from megatron_m3.inference.service import BusyError, Service, Ticket
-    from megatron_m3.inference.writer import Writer
+    from megatron_m3.inference.server import Server
+    from megatron_m3.inference.service import Service
+    from megatron_m3.model.checkpoint import LoadedModel
 
-    bank = shutil.copytree(given["bank"], tmp_path / "bank")
-    engine = open_serving(ServeOptions(**given | {"bank": str(bank)})).engine
-    for shard in bank.glob("*.bin"):
-        os.truncate(shard, 10)
-    service, told, ended = Service(engine, Metrics(), batch=2, queue=2), queue.SimpleQueue(), threading.Event()
-    service.on_failure = ended.set
+    class Lost(LoadedModel):
+        """A model whose device gives no number back."""
 
-    def submit(prompt):
-        [draw] = draws(Sampling(), [prompt])
-        service.submit([Ticket(index=0, continuation=Continuation(prompt=prompt, max_new_tokens=2, draw=draw),
-                               writer=Writer(engine.loaded.tokenizer), tell=told.put, in_pieces=False)])
-        return told.get(timeout=120)
+        device = torch.device("meta")
 
-    failed = submit(engine.loaded.tokenizer.encode(sentence(3, 12)))
-    assert (failed.reason, failed.text) == ("failed", "")
-    assert str(bank) in failed.error
-    assert submit([]).reason in ("length", "stop")
-    assert submit([1 << 40]).error == "the server has failed"
-    assert ended.wait(120)
-    assert isinstance(service.failure, OverflowError)
-    with pytest.raises(BusyError, match="has failed"):
-        submit([])
-    service.close()
+    serving = open_serving(ServeOptions(checkpoint=given["checkpoint"], no_memory=True))
+    loaded = serving.engine.loaded
+    fields = {field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)}
+    serving.engine.loaded = Lost(**fields | {"model": loaded.model.to("meta")})
+    service = Service(serving.engine, Metrics(), batch=2, queue=3)
+    server, left = Server(serving, service, leave_seconds=5), threading.Event()
+    service.on_failure = left.set  # so that it can still be asked
+    with bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            lost = Client(f"127.0.0.1:{listener.getsockname()[1]}")
+            failed, health, again = (lost.ask(prompt="a"), requests.get(f"{lost.address}/health", timeout=120),
+                                     lost.ask(prompt="a"))
+        finally:
+            server.leave()
+            thread.join()
+    assert left.is_set()
+    why = failed.json()["error"]["message"]
+    assert why.startswith("the server has failed and leaves (")
+    assert (failed.status_code, again.status_code, again.json()["error"]["message"]) == (500, 503, why)
+    assert (health.status_code, health.json()) == (503, {"status": "failed", "error": why})
 
 
 @pytest.mark.parametrize("host", ["a..b", "256.0.0.1.invalid"])

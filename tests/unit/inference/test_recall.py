@@ -1,6 +1,7 @@
 """Generation with recall against one that recomputes everything, from the method's words, at every token."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -240,13 +241,39 @@ def test_reading_ahead_changes_speed_alone(loaded, retriever, tmp_path):
             Engine(loaded, retriever, WarmSource(MemoryBank.open(folder)), prefetch_tokens=wrong)
 
 
-def test_errors_of_the_retrieval_ahead_are_raised_by_the_next_recall(loaded, retriever, engine):
+def test_errors_of_the_retrieval_ahead_are_nobodys(engine, capsys):
+    """The recall of the chunk that gave rise to it meets the error again; that of another does not."""
     from megatron_m3.inference.generation import Statistics
 
     engine.recall.look_ahead([["no token"]], [[]])
-    with pytest.raises(ValueError, match="no token"):
-        engine.recall([[5]], [[5]], Statistics())
     assert len(engine.recall([[5]], [[5]], Statistics()).rows) == 1
+    engine.recall.finish()
+    assert "not read ahead: ValueError: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no token"):
+        engine.recall([["no token"]], [[]], Statistics())
+
+
+def test_a_retrieval_ahead_keeps_nobody_waiting_and_those_that_wait_are_one(loaded, retriever, monkeypatch):
+    from megatron_m3.inference.engine import Engine
+
+    asked, begun, gate = [], threading.Event(), threading.Event()
+
+    def search(vectors, k):
+        asked.append(len(vectors))
+        begun.set()
+        assert gate.wait(30)
+        return type(retriever.index).search(retriever.index, vectors, k)
+
+    monkeypatch.setattr(retriever.index, "search", search)
+    recall = Engine(loaded, retriever, cold(loaded, retriever)).recall
+    recall.look_ahead([[5]], [[]])
+    assert begun.wait(30)
+    for token in (6, 7, 8):
+        recall.look_ahead([[token]], [[]])
+    assert asked == [1]
+    gate.set()
+    recall.finish()
+    assert asked == [1, 3]
 
 
 def test_slots_of_missing_results_stay_empty(loaded, retriever):
