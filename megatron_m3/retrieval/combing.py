@@ -159,32 +159,29 @@ def _comb_strip(_: Any, rows: Any, firsts: Any, backwards: Any, through: Any) ->
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
         arrays = [context.make_array(kind)(context, builder, value)
                   for kind, value in zip(signature.args, values, strict=True)]
-        vector = ir.VectorType(context.get_data_type(rows.dtype), STRIP)
-        constant = lambda value: ir.Constant(vector, [value] * STRIP)  # noqa: E731
-        index, largest = ir.IntType(32), -1
+        index, vector = ir.IntType(32), ir.VectorType(context.get_data_type(rows.dtype), STRIP)
+        zero, one, largest, all_but_largest = (ir.Constant(vector, [value] * STRIP) for value in (0, 1, -1, -2))
+        one_down = ir.Constant(ir.VectorType(index, STRIP), [STRIP, *range(STRIP - 1)])
 
-        def load(number: int, place: ir.Value) -> ir.Value:
-            pointer = builder.gep(arrays[number].data, [place])
-            return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=1)
+        def load(array: Any, place: ir.Value) -> ir.Value:
+            pointer = builder.bitcast(builder.gep(array.data, [place]), vector.as_pointer())
+            return builder.load(pointer, align=1)
 
-        start = context.get_constant(types.intp, 0)
-        row_codes, first_codes = load(0, start), load(1, start)
-        across = cgutils.alloca_once_value(builder, constant(largest))
-        down = cgutils.alloca_once_value(builder, constant(0))
+        row_codes, first_codes = (load(array, index(0)) for array in arrays[:2])
+        across, down = (cgutils.alloca_once_value(builder, value) for value in (largest, zero))
         diagonals = cgutils.unpack_tuple(builder, arrays[3].shape, 1)[0]
         with cgutils.for_range(builder, diagonals) as loop:
-            facing = load(2, builder.sub(builder.sub(diagonals, loop.index), context.get_constant(types.intp, 1)))
+            facing = load(arrays[2], builder.sub(builder.sub(diagonals, loop.index), diagonals.type(1)))
             passing = builder.gep(arrays[3].data, [loop.index])
-            entering = builder.insert_element(constant(0), builder.load(passing), index(0))
-            one_down = ir.Constant(ir.VectorType(index, STRIP), [STRIP, *range(STRIP - 1)])
+            entering = builder.insert_element(zero, builder.load(passing), index(0))
             left, top = builder.load(across), builder.shuffle_vector(builder.load(down), entering, one_down)
             older = builder.select(builder.icmp_unsigned(">", left, top), left, top)
             right = builder.select(builder.icmp_unsigned("==", facing, row_codes), top, older)
             below = builder.xor(builder.xor(left, top), right)
-            younger = builder.icmp_unsigned("<", right, constant(largest - 1))
-            aged = builder.add(builder.select(younger, right, constant(largest - 1)), constant(1))
+            younger = builder.icmp_unsigned("<", right, all_but_largest)
+            aged = builder.add(builder.select(younger, right, all_but_largest), one)
             turned = builder.icmp_unsigned("==", facing, first_codes)
-            builder.store(builder.select(turned, constant(0), aged), across)
+            builder.store(builder.select(turned, zero, aged), across)
             builder.store(below, down)
             builder.store(builder.extract_element(below, index(STRIP - 1)), passing)
         return context.get_dummy_value()
