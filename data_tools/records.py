@@ -133,8 +133,10 @@ def _read_lines(path: Path, start: int, stop: int | None) -> Records:
 
 
 def _lines_before(raw: BinaryIO, stop: int) -> Iterator[bytes]:
-    while raw.tell() < stop:
-        yield raw.readline()
+    left = stop - raw.tell()
+    while left > 0 and (line := raw.readline()):
+        left -= len(line)
+        yield line
 
 
 def _decode(line: bytes) -> str:
