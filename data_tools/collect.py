@@ -77,10 +77,10 @@ def write_block(folder: DocumentFolder, plan: Sequence[Sequence[Piece]], index: 
         for piece in filter(None, map(settle, plan[index])):
             for data in read_bytes(piece.path, piece.start, piece.start + piece.size):
                 digest.update(data)
-            rows, line = [], 0
+            rows, line, name = [], 0, piece.name
             try:
                 for line, found, _ in read_records(piece):
-                    place = f"{piece.name}:{line}"
+                    place = f"{name}:{line}"
                     if isinstance(found, BadRecordError):
                         writer.drop(str(found), file=str(piece.path), place=place)
                         continue
@@ -89,7 +89,7 @@ def write_block(folder: DocumentFolder, plan: Sequence[Sequence[Piece]], index: 
                         writer.write_rows(rows)
                         rows = []
             except DataError as error:
-                place = f"{piece.name}:{line}"
+                place = f"{name}:{line}"
                 writer.drop("file damaged from here on", file=str(piece.path), place=place, error=str(error))
             writer.write_rows(rows)
         writer.extra["sha256"] = digest.hexdigest()

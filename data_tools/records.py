@@ -17,10 +17,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import orjson
+
 from megatron_m3.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet", ".warc",
             ".warc.gz", ".warc.wet", ".warc.wet.gz")
+ROUNDED = (float, list, dict)
+"""What orjson may have made of a whole number that is too large for it."""
+TOLD = 64
+"""Lines from one look at the position in a file to the next: each is a call of the system."""
 
 
 class Document(NamedTuple):
@@ -57,7 +63,7 @@ class Piece(NamedTuple):
 
 
 def read_records(piece: Piece) -> Iterator[tuple[int, Document | BadRecordError, int]]:
-    """Line, document (or why there is none), and position in the file in bytes, of every record of a piece.
+    """Line, document (or why there is none), and about the position in the file in bytes, of every record of a piece.
 
     Raises:
         DataError: the file is damaged.
@@ -83,9 +89,8 @@ def read_records(piece: Piece) -> Iterator[tuple[int, Document | BadRecordError,
 def _document(record: Any, file: str, line: int) -> Document:
     if isinstance(record, BadRecordError):
         raise record
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+    if not isinstance(record, dict) or not isinstance(text := record.get("text"), str):
         raise BadRecordError("no text")
-    text: str = record["text"]
     if not text or text.isspace():
         raise BadRecordError("empty text")
     given = record.get("id")
@@ -114,9 +119,12 @@ def _read_lines(path: Path, start: int, stop: int | None) -> Records:
             stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
         lines = stream if stop is None else _lines_before(raw, stop)
         records = _text_records(lines) if ".txt" in path.suffixes[-2:] else _json_records(lines)
+        position, look = start, 0
         try:
             for line, record in records:
-                yield line, record, raw.tell()
+                if line >= look:
+                    position, look = raw.tell(), line + TOLD
+                yield line, record, position
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path}: damaged gzip file ({error}); get it again") from None
         except OSError as error:
@@ -126,8 +134,10 @@ def _read_lines(path: Path, start: int, stop: int | None) -> Records:
 
 
 def _lines_before(raw: BinaryIO, stop: int) -> Iterator[bytes]:
-    while raw.tell() < stop:
-        yield raw.readline()
+    left = stop - raw.tell()
+    while left > 0 and (line := raw.readline()):
+        left -= len(line)
+        yield line
 
 
 def _decode(line: bytes) -> str:
@@ -138,16 +148,29 @@ def _decode(line: bytes) -> str:
 
 
 def _json_records(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    decode = json.JSONDecoder().decode
     for number, line in enumerate(stream, 1):
-        if not line.strip():
+        if line.isspace():
             continue
         try:
-            yield number, decode(_decode(line))
+            yield number, _json(line)
         except BadRecordError as error:
             yield number, error
         except (ValueError, RecursionError):
             yield number, BadRecordError("not JSON")
+
+
+def _json(line: bytes) -> Any:
+    """The value of a line as Python's decoder has it, by one that is several times as fast where it has the same.
+
+    orjson refuses some of what Python takes (NaN, a byte order mark, surrogates, whose text is told to be bad), and has
+    large whole numbers rounded, which matters in an id.
+    """
+    try:
+        record = orjson.loads(line)
+    except ValueError:
+        return json.loads(_decode(line))
+    rounded = isinstance(record, dict) and isinstance(record.get("id"), ROUNDED)
+    return json.loads(_decode(line)) if rounded else record
 
 
 def _text_records(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:

@@ -1,24 +1,26 @@
 """Kernels for the CPU that numba compiles at their first use."""
 
+import zlib
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 
-def compile_kernel(signature: Any, function: Callable[..., None], *, keep: bool = True) -> Callable[..., None]:
+def compile_kernel(signature: Any, function: Callable[..., None]) -> Callable[..., None]:
     """``function`` compiled for one signature, without the interpreter's lock while it runs.
 
-    With ``keep`` the code is kept in ``__pycache__`` beside the function's file, else in the user's cache folder, or
-    where NUMBA_CACHE_DIR says; where none can be written it is compiled anew in every process. Of the signatures of one
-    function only one is to be kept: numba's cache may mix up two that are written at the same time.
+    The code is kept in ``__pycache__`` beside the function's file, else in the user's cache folder, or where
+    NUMBA_CACHE_DIR says; where none can be written it is compiled anew in every process. Each signature has a name of
+    its own there: numba's cache may mix up two of one function that are written at the same time.
     """
     from numba import njit
 
-    if keep:
-        try:
-            return njit(signature, nogil=True, cache=True)(function)
-        except Exception:  # no folder for the cache, a full disk, a damaged file: compiling needs none of them
-            pass
-    return njit(signature, nogil=True)(function)
+    named = FunctionType(function.__code__, function.__globals__)
+    named.__qualname__ = f"{function.__qualname__}_{zlib.crc32(str(signature).encode()):08x}"
+    try:
+        return njit(signature, nogil=True, cache=True)(named)
+    except Exception:  # no folder for the cache, a full disk, a damaged file: compiling needs none of them
+        return njit(signature, nogil=True)(named)
 
 
 def aligned_zeros(size: int, dtype: Any) -> Any:

@@ -1,221 +1,197 @@
 """Matches of eq. 6 for many references at once, compiled: one pass over a text gives every window's longest common
 subsequence with a reference (semi-local comparison by combing, Tiskin 2008, arXiv:0707.3619).
 
-Rows are the reference's tokens, columns the text's. A strand enters at the left of each row and at the top of each
-column, and goes right or down. Where row and column have the same token the two strands turn away from each other;
-elsewhere they cross, unless they crossed before. Then the longest common subsequence of the reference with columns
+Rows are the reference's tokens, columns the text's; columns whose token is not in the reference change nothing and are
+left out. A strand enters at the left of each row and at the top of each column, and goes right or down. Where row and
+column have the same token the two strands turn away from each other; elsewhere they cross, unless they crossed before,
+which is when the younger one comes from the left. Then the longest common subsequence of the reference with columns
 s to e - 1 is e - s less the strands that enter at the top at s or later and leave at the bottom before e.
 
-Strands are numbered in the order in which they enter, from the lowest row up and then from the first column on, so
-that two strands have crossed when the larger number comes from the left. Cells on a diagonal are independent: each
-step of the inner loop is a comparison and a minimum, which compiles to vectors of 16-bit numbers. Columns whose token
-is not in the reference change nothing and are left out.
+As no window is longer than the span, a strand need only be known by its age: how many columns ago it entered, up to
+the span. So numbers are small whatever the text's length, and those of many rows are one vector. Cells on a diagonal
+are independent; a strip of rows goes along the columns with its strands in vector registers, and what leaves it at the
+bottom enters the next at the top.
 
 Importing this module imports numba.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.numpy_support import from_dtype
 
-from megatron_m3.platform.compiled import aligned_zeros, compile_kernel
+from megatron_m3.platform.compiled import compile_kernel
 
-LANES = 32
-"""Rows are filled up to a multiple of this many, a vector of the widest kind."""
-LEAST_PIECE = 4096
-"""Columns that are combed at once, at least: they fit in the nearest cache."""
+STRIP = 128
+"""Rows that are combed at once."""
 NO_COLUMN, NO_ROW, FIRST_CODE = 0, 1, 2
 """Codes of columns beyond the text and of rows without an equal in it; tokens that both have begin with the third."""
 
 
 def count_matches(
     tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, references: np.ndarray, lengths: np.ndarray,
-    limit: float,
+    limit: float, vocabulary: int,
 ) -> np.ndarray:
     """Matches of eq. 6 of each reference with its text. Other Python threads run meanwhile.
 
     Args:
-        tokens: texts one after the other, int64 [T].
+        tokens: texts one after the other, from 0 to ``vocabulary`` - 1, int64 [T].
         begins: where the text of each reference begins, int64 [N]; quickest where those of one text stand together.
         ends: where it ends, int64 [N].
-        references: int64 [N, L], each row filled up with anything.
+        references: int64 [N, L], any numbers, each row filled up with anything.
         lengths: tokens in each reference, int64 [N].
         limit: shares of a reference that are not larger need not be told apart.
+        vocabulary: as many numbers are kept for each of it.
 
     Returns:
         int64 [N]: exact where they are a larger share of the reference than ``limit``, else some number that is not.
     """
-    rows = -(-references.shape[1] // LANES) * LANES
-    piece = max(LEAST_PIECE, 4 * rows)
-    wide = rows + piece + 1 > np.iinfo(np.uint16).max
+    word = np.min_scalar_type(max(2 * lengths.max(initial=0) - 1, FIRST_CODE))
+    frequency, codes = np.zeros(vocabulary, np.int32), np.zeros(vocabulary, word)
     result = np.zeros(len(references), np.int64)
-    scratch = aligned_zeros(5 * rows + 2 * piece, np.uint32 if wide else np.uint16)
-    _kernel(wide)(tokens, begins, ends, references, lengths, limit, scratch, piece, result)
+    _kernel(word)(tokens, begins, ends, references, lengths, limit, frequency, codes, result)
     return result
 
 
 @functools.cache
-def _kernel(wide: bool) -> Callable[..., None]:
-    """The compiled kernel, for strand numbers of 32 bits or of 16, which suffice for references of 13 thousand tokens.
-
-    Only the latter is kept on disk.
-    """
+def _kernel(word: "np.dtype[Any]") -> Callable[..., None]:
+    """The compiled kernel, for ages and codes of this type: bytes suffice for references of at most 128 tokens."""
     line, rows = (types.Array(types.int64, dimensions, "C", readonly=True) for dimensions in (1, 2))
-    word = types.uint32 if wide else types.uint16
-    signature = types.void(line, line, line, rows, line, types.float64, word[::1], types.int64, types.int64[::1])
-    return compile_kernel(signature, _count_matches, keep=not wide)
+    codes = types.Array(from_dtype(word), 1, "C")
+    signature = types.void(line, line, line, rows, line, types.float64, types.int32[::1], codes, types.int64[::1])
+    return compile_kernel(signature, _count_matches)
 
 
 def _count_matches(
     tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray, references: np.ndarray, lengths: np.ndarray,
-    limit: float, scratch: np.ndarray, piece: int, result: np.ndarray,
+    limit: float, frequency: np.ndarray, codes: np.ndarray, result: np.ndarray,
 ) -> None:
     first = 0
     while first < begins.size:
         last = first + 1
         while last < begins.size and begins[last] == begins[first] and ends[last] == ends[first]:
             last += 1
-        _compare_with_text(tokens[begins[first] : ends[first]], references[first:last], lengths[first:last],
-                           limit, scratch, piece, result[first:last])
+        text = tokens[begins[first] : ends[first]]
+        for token in text:
+            frequency[token] += 1
+        _compare_with_text(text, references[first:last], lengths[first:last], limit, frequency, codes,
+                           result[first:last])
+        for token in text:
+            frequency[token] = 0
         first = last
 
 
 @njit
 def _compare_with_text(
-    tokens: np.ndarray, references: np.ndarray, lengths: np.ndarray, limit: float, scratch: np.ndarray, piece: int,
-    result: np.ndarray,
+    text: np.ndarray, references: np.ndarray, lengths: np.ndarray, limit: float, frequency: np.ndarray,
+    codes: np.ndarray, result: np.ndarray,
 ) -> None:
-    table, places = _index(tokens)
-    frequency, room = np.zeros(tokens.size, np.int32), np.zeros(tokens.size, np.int32)
-    for place in places:
-        frequency[place] += 1
-    codes = np.zeros(tokens.size, scratch.dtype)
-    positions, columns = np.empty(tokens.size + 1, np.int32), np.empty(tokens.size + 1, scratch.dtype)
-    row_room = (scratch.size - 2 * piece) // 5
+    positions, backwards = np.empty(text.size + 1, np.int32), np.zeros(text.size + 2 * STRIP, codes.dtype)
     for number in range(len(references)):
         reference = references[number, : lengths[number]]
-        shared = _mark(reference, tokens, table, frequency, room, codes, scratch[:row_room])
+        rows = np.full((2, -(-reference.size // STRIP) * STRIP), NO_ROW, codes.dtype)
+        shared = _mark(reference, frequency, codes, rows)
         if reference.size and shared / reference.size > limit:
-            count = 0
-            for position in range(tokens.size):
-                code = codes[places[position]]
-                positions[count], columns[count] = position, code
+            count, place = 0, backwards.size - STRIP
+            for position in range(text.size):
+                code = codes[text[position]]
+                positions[count], backwards[place - count] = position, code
                 count += code >= FIRST_CODE
-            rows = -(-reference.size // LANES) * LANES
-            span = 2 * reference.size
-            result[number] = _longest(scratch, row_room, rows, positions[:count], columns[:count], span, piece)
+            backwards[place - count - STRIP + 1 : place - count + 1] = NO_COLUMN
+            ages = _comb(rows, backwards[place - count - STRIP + 2 : place + STRIP], count)
+            result[number] = _best_window(ages, positions[:count], 2 * reference.size)
         for token in reference:
-            place = _find(token, tokens, table)
-            if place >= 0:
-                room[place] = codes[place] = 0
+            if 0 <= token < codes.size:
+                codes[token] = 0
 
 
 @njit
-def _index(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A hash table of each distinct token's first place in a text, and that place for every token of it."""
-    size = 16
-    while size < 2 * tokens.size:
-        size *= 2
-    table, places = np.full(size, -1, np.int32), np.empty(tokens.size, np.int32)
-    for position in range(tokens.size):
-        slot = _slot(tokens[position], size)
-        while True:
-            place = table[slot] if table[slot] >= 0 else position
-            if tokens[place] == tokens[position]:
-                break
-            slot = (slot + 1) & (size - 1)
-        table[slot] = places[position] = place
-    return table, places
-
-
-@njit
-def _slot(token: int, size: int) -> int:
-    return ((token * 0x9E3779B1) >> 16) & (size - 1)
-
-
-@njit
-def _find(token: int, tokens: np.ndarray, table: np.ndarray) -> int:
-    """First place of a token in the text, -1 if it has none."""
-    slot = _slot(token, table.size)
-    while table[slot] >= 0 and tokens[table[slot]] != token:
-        slot = (slot + 1) & (table.size - 1)
-    return table[slot]
-
-
-@njit
-def _mark(
-    reference: np.ndarray, tokens: np.ndarray, table: np.ndarray, frequency: np.ndarray, room: np.ndarray,
-    codes: np.ndarray, rows: np.ndarray,
-) -> int:
-    """Give the reference's tokens codes, in ``rows`` and, at their first places in the text, in ``codes``.
+def _mark(reference: np.ndarray, frequency: np.ndarray, codes: np.ndarray, rows: np.ndarray) -> int:
+    """Give the reference's tokens codes, in ``codes``, in ``rows[0]`` and, where they stand first, in ``rows[1]``.
 
     Returns:
         tokens that the text and the reference share, order ignored: an upper bound on the matches.
     """
-    shared, rows[:] = 0, NO_ROW
+    shared, used = 0, np.zeros(reference.size, np.int32)
     for row in range(reference.size):
-        place = _find(reference[row], tokens, table)
-        if place >= 0:
-            if room[place] == 0:
-                codes[place] = FIRST_CODE + row
-            rows[row] = codes[place]
-            shared += room[place] < frequency[place]
-            room[place] += 1
+        token = reference[row]
+        if 0 <= token < codes.size and frequency[token]:
+            if not codes[token]:
+                codes[token] = rows[1, row] = FIRST_CODE + row
+            code = rows[0, row] = codes[token]
+            shared += used[code - FIRST_CODE] < frequency[token]
+            used[code - FIRST_CODE] += 1
     return shared
 
 
 @njit
-def _longest(
-    scratch: np.ndarray, row_room: int, rows: int, positions: np.ndarray, columns: np.ndarray, span: int, piece: int
-) -> int:
-    """Largest number of matches in a window of ``span`` positions, from the columns that the reference has too."""
-    across, down = scratch[row_room : row_room + rows], scratch[2 * row_room : 2 * row_room + rows]
-    backwards, leaving = scratch[3 * row_room : -piece], scratch[-piece:]
-    best = first = last = 0
-    while last < positions.size:
-        last = min(positions.size, first + piece)
-        count = last - first
-        backwards[: rows - 1] = NO_COLUMN
-        backwards[rows - 1 + count : 2 * rows + count - 2] = NO_COLUMN
-        for column in range(count):
-            backwards[rows - 1 + column] = columns[last - 1 - column]
-        _comb(scratch[:rows], backwards[: 2 * rows + count - 2], across, down, leaving[:count])
-        found, cut = _best_window(leaving[:count], rows, positions[first:last], span)
-        best, first = max(best, found), first + cut
-    return best
+def _comb(rows: np.ndarray, backwards: np.ndarray, count: int) -> np.ndarray:
+    """Ages, less one, of the strands that leave at the bottom of each of ``count`` columns; the largest is any beyond.
 
-
-@njit
-def _comb(rows: np.ndarray, backwards: np.ndarray, across: np.ndarray, down: np.ndarray, leaving: np.ndarray) -> None:
-    """The strands that leave at the bottom of each column.
-
-    ``rows``: codes of the reference. ``backwards``: codes of the columns from the last to the first, with as many as
-    there are rows, less one, of no code before and after. ``across`` and ``down`` hold, for each row, the strand that
-    left its cell on the last diagonal.
+    ``backwards``: codes of the columns from the last to the first, with :data:`STRIP` - 1 of no code before and after.
     """
-    size, count = rows.size, leaving.size
-    for row in range(size):
-        across[row] = size - 1 - row
-        down[row] = size + count
-    for diagonal in range(size + count - 1):
-        first = size + count - 2 - diagonal
-        facing = backwards[first : first + size]
-        above = down.dtype.type(size + min(diagonal, count))
-        for row in range(size):
-            left, top = across[row], above
-            above = down[row]
-            right = top if facing[row] == rows[row] or left > top else left
-            across[row] = right
-            down[row] = left ^ top ^ right
-        if diagonal >= size - 1:
-            leaving[diagonal - size + 1] = down[size - 1]
+    through = np.zeros(count + rows.shape[1] // STRIP * (STRIP - 1), rows.dtype)
+    first = 0
+    for row in range(0, rows.shape[1], STRIP):
+        _comb_strip(rows[0, row : row + STRIP], rows[1, row : row + STRIP], backwards,
+                    through[first : first + count + STRIP - 1])
+        first += STRIP - 1
+    return through[first:]
+
+
+@intrinsic
+def _comb_strip(_: Any, rows: Any, firsts: Any, backwards: Any, through: Any) -> Any:
+    """Comb :data:`STRIP` rows, in vectors, since numba's own loops keep nothing in registers from one to the next.
+
+    ``rows``: their codes. ``firsts``: the same where no row above has it. ``backwards``: as in :func:`_comb`.
+    ``through``: of each column what enters at the top; then what left at the bottom :data:`STRIP` - 1 columns before.
+
+    A strand that enters in this very column and one that did in the last have the same number, 0. That does no harm:
+    the former stays in its column down to the first row of its token, and turns there into one that is 0.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        arrays = [context.make_array(kind)(context, builder, value)
+                  for kind, value in zip(signature.args, values, strict=True)]
+        index, vector = ir.IntType(32), ir.VectorType(context.get_data_type(rows.dtype), STRIP)
+        zero, one, largest, all_but_largest = (ir.Constant(vector, [value] * STRIP) for value in (0, 1, -1, -2))
+        one_down = ir.Constant(ir.VectorType(index, STRIP), [STRIP, *range(STRIP - 1)])
+
+        def load(array: Any, place: ir.Value) -> ir.Value:
+            pointer = builder.bitcast(builder.gep(array.data, [place]), vector.as_pointer())
+            return builder.load(pointer, align=1)
+
+        row_codes, first_codes = (load(array, index(0)) for array in arrays[:2])
+        across, down = (cgutils.alloca_once_value(builder, value) for value in (largest, zero))
+        diagonals = cgutils.unpack_tuple(builder, arrays[3].shape, 1)[0]
+        with cgutils.for_range(builder, diagonals) as loop:
+            facing = load(arrays[2], builder.sub(builder.sub(diagonals, loop.index), diagonals.type(1)))
+            passing = builder.gep(arrays[3].data, [loop.index])
+            entering = builder.insert_element(zero, builder.load(passing), index(0))
+            left, top = builder.load(across), builder.shuffle_vector(builder.load(down), entering, one_down)
+            older = builder.select(builder.icmp_unsigned(">", left, top), left, top)
+            right = builder.select(builder.icmp_unsigned("==", facing, row_codes), top, older)
+            below = builder.xor(builder.xor(left, top), right)
+            younger = builder.icmp_unsigned("<", right, all_but_largest)
+            aged = builder.add(builder.select(younger, right, all_but_largest), one)
+            turned = builder.icmp_unsigned("==", facing, first_codes)
+            builder.store(builder.select(turned, zero, aged), across)
+            builder.store(below, down)
+            builder.store(builder.extract_element(below, index(STRIP - 1)), passing)
+        return context.get_dummy_value()
+
+    return types.void(rows, firsts, backwards, through), generate
 
 
 @njit
-def _best_window(leaving: np.ndarray, rows: int, positions: np.ndarray, span: int) -> tuple[int, int]:
-    """The most matches in a window of these columns, and the first column whose window may reach beyond the last.
+def _best_window(ages: np.ndarray, positions: np.ndarray, span: int) -> int:
+    """The most matches in a window of ``span`` positions.
 
     A window that begins at s has the matches e - s less the strands that entered at s or later and leave before e.
     As many columns as leave before e, that is those of which the window at s or an earlier one is the first to reach
@@ -226,9 +202,10 @@ def _best_window(leaving: np.ndarray, rows: int, positions: np.ndarray, span: in
     for column in range(positions.size):
         while positions[start] <= positions[column] - span:
             start += 1
-        passed[max(start, leaving[column] + 1 - rows)] += 1
+        after = column - np.int64(ages[column])
+        passed[after if after > start else start] += 1
     best = strands = 0
     for begin in range(positions.size):
         strands += passed[begin]
         best = max(best, strands - begin)
-    return best, start
+    return best

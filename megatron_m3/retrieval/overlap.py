@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike
 
 PAIRS_PER_THREAD = 256
 """Fewest pairs that are worth a thread."""
+MOST_TOKENS = 1 << 20
+"""Largest vocabulary that a table is made of; tokens of a larger one are numbered anew."""
 
 
 def overlap(tokens: Sequence[int] | np.ndarray, reference: Sequence[int] | np.ndarray) -> float:
@@ -64,12 +66,17 @@ def _shares(
     texts = [np.asarray(text, np.int64) for text in ([tokens] if text_of is None else tokens)]
     whole = _compact(np.concatenate([*texts, np.zeros(0, np.int64)]) if len(texts) != 1 else texts[0])
     references, lengths = _compact(references), _compact(lengths)
+    vocabulary = int(whole.view(np.uint64).max(initial=0)) + 1
+    if vocabulary > MOST_TOKENS:
+        distinct, whole = np.unique(whole, return_inverse=True)
+        places, vocabulary = np.searchsorted(distinct, references), len(distinct)
+        references = np.where(distinct.take(places, mode="clip") == references, places, -1)
     bounds = np.cumsum([0, *map(len, texts)])
     which = np.zeros(len(lengths), np.int64) if text_of is None else np.asarray(text_of, np.int64)
     begins, ends = bounds[:-1][which], bounds[1:][which]
 
     def compare(part: slice) -> np.ndarray:
-        matches = count_matches(whole, begins[part], ends[part], references[part], lengths[part], limit)
+        matches = count_matches(whole, begins[part], ends[part], references[part], lengths[part], limit, vocabulary)
         return matches / np.maximum(lengths[part], 1)
 
     most = len(lengths) // PAIRS_PER_THREAD

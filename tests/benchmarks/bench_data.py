@@ -39,6 +39,8 @@ from megatron_m3.retrieval.tfidf import TfidfEmbedder
 from megatron_m3.tokenizer import Tokenizer, extend_tokenizer, train_tokenizer
 
 SAMPLE = 2000
+COPIES = 10
+"""Of the sample, where what a block costs by itself would count too much."""
 NEURAL = 128
 """References for a neural embedder."""
 LENGTH = 128
@@ -77,25 +79,35 @@ def show(step: str, ours: float, library: str, theirs: float) -> None:
     print(f"{step:<22}{ours:>12,.0f}{theirs:>12,.0f}{ours / theirs:>9.2f}  {library}", flush=True)
 
 
+def write_raw(path: Path, texts: Sequence[str]) -> None:
+    """Documents as JSON lines."""
+    path.write_text("".join(json.dumps({"id": f"d{number}", "text": text}) + "\n" for number, text in enumerate(texts)))
+
+
+def collect(path: Path, folder: Path) -> DocumentFolder:
+    """`m3 data collect` of one block but for its manifest."""
+    out = DocumentFolder(folder, {"kind": "documents"})
+    write_block(out, list(make_plan([path], 1 << 30)), 0)
+    return out
+
+
 def compare_collect(texts: Sequence[str], folder: Path) -> None:
-    """JSON lines to parquet."""
+    """JSON lines to parquet with the same columns; of several times the documents, as a block has many."""
     import pyarrow
     from pyarrow import parquet
 
-    path = folder / "raw.jsonl"
-    path.write_text("".join(json.dumps({"id": f"d{number}", "text": text}) + "\n" for number, text in enumerate(texts)))
+    path = folder / "many.jsonl"
+    write_raw(path, COPIES * list(texts))
 
     def bare() -> None:
-        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        rows = [json.loads(line) | {"place": f"{path.name}:{number}"}
+                for number, line in enumerate(path.read_bytes().splitlines(), 1)]
         hashlib.sha256(path.read_bytes()).hexdigest()
         parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "bare.parquet", compression="zstd",
-                            compression_level=3)
+                            compression_level=3, use_dictionary=False)
 
-    plan = list(make_plan([path], 64 << 20))
-    out = DocumentFolder(folder / "collected", {"kind": "documents"})
-    ours = per_second(len(texts), lambda: write_block(out, plan, 0))
-    out.finish(1, {}, {})
-    show("collect", ours, "json and pyarrow", per_second(len(texts), bare))
+    ours = per_second(COPIES * len(texts), lambda: collect(path, folder / "many"))
+    show("collect", ours, "json and pyarrow", per_second(COPIES * len(texts), bare))
 
 
 def compare_filter(texts: list[str]) -> None:
@@ -270,6 +282,8 @@ def main() -> None:
         print(f"{f'{words:.0f} words each':<22}{'ours':>12}{'library':>12}{'ratio':>9}  library")
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
+            write_raw(folder / "raw.jsonl", texts)
+            collect(folder / "raw.jsonl", folder / "collected").finish(1, {}, {})
             compare_collect(texts, folder)
             compare_filter(texts)
             compare_deduplicate(texts, folder)

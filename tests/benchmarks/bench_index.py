@@ -24,7 +24,7 @@ from megatron_m3.manifest import BlockFolder, Manifest, write_manifest
 from megatron_m3.retrieval import VectorIndex, exceeds_overlap, overlap
 from megatron_m3.retrieval.tfidf import train_tfidf
 from megatron_m3.tokenizer import train_tokenizer
-from tests.benchmarks.bench_data import make_texts, per_second, show
+from tests.benchmarks.bench_data import ENTRIES, make_texts, per_second, show
 
 SIZE, BLOCK, QUERIES, K = 256, 16384, 2048, 4
 INPUTS = {"references": "0" * 64}
@@ -79,7 +79,7 @@ def compare_index(embeddings: Embeddings, factory: str, folder: Path) -> None:
 
 def make_corpus(folder: Path) -> neighbours.Corpus:
     """Tokens, references and index of documents of WordNet entries."""
-    texts = make_texts(1500)
+    texts = make_texts(1500, ENTRIES[1])
     for name, part in (("train", texts[:150]), ("knowledge", texts[150:])):
         lines = [json.dumps({"id": f"{name}{number}", "text": text}) + "\n" for number, text in enumerate(part)]
         (folder / f"{name}.jsonl").write_text("".join(lines))

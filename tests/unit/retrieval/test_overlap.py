@@ -146,16 +146,16 @@ def test_lengths_about_the_widths_of_words_and_vectors(alphabet):
 
 
 @pytest.mark.parametrize("alphabet", [2, 30, 3000])
-def test_long_texts_are_combed_in_pieces(alphabet):
+def test_long_texts(alphabet):
     rng = np.random.default_rng(alphabet)
     text = rng.integers(0, alphabet, 9000)
-    references = np.stack([text[place : place + 100] for place in range(3900, 4400, 50)])  # about the first piece's end
+    references = np.stack([text[place : place + 100] for place in range(3900, 4400, 50)])
     references[:, ::7] = rng.integers(0, alphabet, references[:, ::7].shape)
     expected = [every_window(text, row) for row in references]
     assert overlaps(text, references, [100] * len(references)).tolist() == expected
 
 
-def test_no_window_is_lost_between_pieces():
+def test_one_window_of_all():
     reference = np.arange(100)
     spread = np.full(200, 50)  # holds the reference in exactly one window
     spread[:198:2], spread[199] = reference[:99], 99
@@ -219,11 +219,27 @@ def test_other_threads_run_while_pairs_are_compared():
     assert any(runs_meanwhile() for _ in range(20))  # on a busy machine this thread may not get a processor
 
 
-def test_references_that_need_wide_strand_numbers():
-    reference = np.arange(13_200)
-    assert overlap(np.tile(reference[::-1], 4), reference) == 3 / 13_200  # as windows reach into three at most
+@pytest.mark.parametrize("length", [2, 64, 128, 129, 300])
+def test_strands_are_as_old_as_the_span_allows(length):
+    reference = [0, *[1] * (length - 2), 2]
+    for around in ([], [1] * 3 * length, [2] * 3 * length):
+        for more, expected in ((0, 1.0), (1, (length - 1) / length)):
+            text = [*around, 0, *[1] * (2 * length - 2 + more), 2, *around]
+            assert overlap(text, reference) == expected
+
+
+@pytest.mark.parametrize("length", [13_200, 32_800])
+def test_ages_that_need_more_bits(length):
+    reference = np.arange(length)
     text = np.concatenate([reference[::-1], np.delete(reference, np.s_[5000:5132])])
-    assert overlap(text, reference) == (13_200 - 132) / 13_200
+    assert overlap(text, reference) == (length - 132) / length
+
+
+def test_tokens_of_the_reference_alone_are_of_any_size():
+    for text in ([3, 0, 5], [-1, 0, 2**40]):
+        for token in (-2**63, -2, 1, 4, 6, 2**20, 2**40 + 1, 2**63 - 1):
+            assert overlap(text, [*text, token]) == 3 / 4
+            assert overlap(text, [token]) == 0.0
 
 
 def test_works_where_no_compiled_code_can_be_kept(monkeypatch):
@@ -234,8 +250,8 @@ def test_works_where_no_compiled_code_can_be_kept(monkeypatch):
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])  # what numba is left with in read-only folders
     with pytest.raises(RuntimeError, match="no locator"):
         combing.njit(cache=True)(combing.count_matches)
-    kernel = combing._kernel.__wrapped__(False)
-    monkeypatch.setattr(combing, "_kernel", lambda wide: kernel)
+    kernel = combing._kernel.__wrapped__(np.dtype(np.uint8))
+    monkeypatch.setattr(combing, "_kernel", lambda word: kernel)
     assert overlap([1, 9, 2, 9, 9, 3], [1, 2, 3]) == 1.0
 
 
