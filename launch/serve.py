@@ -57,6 +57,8 @@ class ServeOptions(EngineOptions):
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.context < 0:
             raise ConfigError(f"context={self.context}: must be 0 (the model's) or more")
+        if self.address_file and Path(self.address_file).is_dir():
+            raise ConfigError(f"address_file={self.address_file}: is a folder; give a file")
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"port={self.port}: must be from 0 (a free one) to 65535")
 

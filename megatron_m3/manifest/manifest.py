@@ -165,7 +165,7 @@ def read_manifest(folder: Path, kind: str, schema: int) -> Manifest:
     path = Path(folder) / NAME
     if not path.is_file():
         if not Path(folder).is_dir():
-            raise ArtifactError(f"{folder}: no such folder")
+            raise ArtifactError(f"{folder}: {'is a file, not a folder' if Path(folder).exists() else 'no such folder'}")
         raise ArtifactError(f"{folder}: no {NAME}: unfinished, or not of kind {kind}; make it again")
     try:
         fields = json.loads(path.read_text())
@@ -174,7 +174,7 @@ def read_manifest(folder: Path, kind: str, schema: int) -> Manifest:
     except (ValueError, KeyError, TypeError, UnicodeDecodeError):
         raise ArtifactError(f"{path}: not a readable manifest; make the {kind} again") from None
     if manifest.kind != kind:
-        raise ArtifactError(f"{folder}: is of kind {manifest.kind}, not {kind}")
+        raise ArtifactError(f"{folder}: is of kind {manifest.kind}, not {kind}; give a folder of kind {kind}")
     if manifest.schema != schema:
         raise ArtifactError(f"{folder}: {kind} schema {manifest.schema}, this version reads {schema}; make it again")
     if manifest.hash != recorded:
