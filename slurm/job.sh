@@ -29,7 +29,7 @@ job_field() {
 
 # Whether Slurm has ended the job itself, by scancel, a time limit or a dead node.
 is_over() {
-    [[ "$(job_field JobState)" != @(RUNNING|) ]]
+    [[ "$(job_field JobState)" != @(RUNNING|SIGNALING|) ]]
 }
 
 is_preempted() {

@@ -24,6 +24,8 @@ from megatron_m3.inference.service import BrokenError, BusyError, Piece, Service
 from megatron_m3.inference.writer import Writer
 
 MAX_BODY_BYTES = 1 << 24
+BODY_SECONDS = 30.0
+"""A request has a place from its first byte on, so its body may not take longer."""
 REPORT_SECONDS = 60.0
 GONE = 499
 """Status, in the metrics alone, of a request whose client left before its answer."""
@@ -152,10 +154,14 @@ def _refusal(error: RequestError) -> Response:
 
 async def _read_body(request: Request) -> bytes:
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(f"body: more than {MAX_BODY_BYTES:,} bytes; shorten it", status=413)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise RequestError(f"body: more than {MAX_BODY_BYTES:,} bytes; shorten it", status=413)
+    except TimeoutError:
+        raise RequestError(f"body: not whole after {BODY_SECONDS:g} seconds; send it at once", status=408) from None
     return bytes(body)
 
 

@@ -312,6 +312,14 @@ def test_requests_that_are_still_coming_are_bounded_too(client):
     wait_until(lambda: client.ask(prompt="a", max_tokens=1).status_code == 200, "who left is still there")
 
 
+def test_a_request_that_never_comes_whole_loses_its_place(client, monkeypatch):
+    monkeypatch.setattr("megatron_m3.inference.server.BODY_SECONDS", 0.05)
+    with asking_by_hand(client, b"{", 10) as connection:
+        connection.settimeout(60)
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408"), answer
+
+
 def test_a_server_whose_device_is_lost_says_so(given):
     from megatron_m3.inference.metrics import Metrics
     from megatron_m3.inference.server import Server
