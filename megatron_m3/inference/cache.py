@@ -80,7 +80,7 @@ class CachePlan:
 
     def recall(self, memories: ChunkMemories, rows: Sequence[int] | None = None) -> None:
         """Overwrite the memory slots of the sequences ``rows`` (all by default) with ``memories`` (C = 1)."""
-        rows_B = self.rows_B if rows is None else torch.tensor(rows, device=self.shape.device)
+        rows_B = slice(None) if rows is None else torch.tensor(rows, device=self.shape.device)
         slots = slice(self.shape.prefix_length, self.shape.prefix_length + self.shape.num_slots)
         for layer in self.shape.memory_layers:
             key_BMGD, value_BMGD = memories.key_values(layer)[:, :, 0].to(self.shape.dtype)
