@@ -87,7 +87,8 @@ class Batch:
             dtype=parameter.dtype,
             device=parameter.device,
         )
-        self.cache = CachePlan(shape, rope)
+        backend = choose_backend(model).name
+        self.cache = CachePlan(shape, rope, backend)
         plan = ReadingPlan(
             rope,
             positions_T,
@@ -95,7 +96,7 @@ class Batch:
             chunk_length=self.chunk_length,
             memories=memories,
             keep=self.cache.keep,
-            backend=choose_backend(model).name,
+            backend=backend,
         )
         bos, padding = self.loaded.tokenizer.bos_id, self.loaded.tokenizer.eos_id
         rows = [[*self.prefix, bos, *p, *[padding] * (longest - 1 - len(p))] for p in prompts]

@@ -3,8 +3,8 @@
 In a memory layer the cache is ``[prefix | memory slots | context]``, in the others ``[prefix | context]``. Keys are
 stored rotated, so a recall overwrites the slots and nothing else changes.
 
-Legend of shape suffixes: B batch, P prefix, M memory slots, T cached tokens, S prompt, H query heads, G kv heads,
-Q query heads of one kv head, D head size.
+Legend of shape suffixes: A choices of heads, B batch, P prefix, M memory slots, T cached tokens, S prompt, H query
+heads, G kv heads, Q query heads of one kv head, D head size.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_m3.inference.reading import ChunkMemories
-from megatron_m3.model.rope import Rope, rotate
+from megatron_m3.model.rope import Rope
+from megatron_m3.ops.rope import rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,9 @@ class CacheShape:
 class CachePlan:
     """Keys and values of a batch of sequences, and the attention of the one token that each adds in a step."""
 
-    def __init__(self, shape: CacheShape, rope: Rope) -> None:
-        self.shape, self.rope = shape, rope
+    def __init__(self, shape: CacheShape, rope: Rope, backend: str = "torch") -> None:
+        """``backend`` rotates queries and keys."""
+        self.shape, self.rope, self.backend = shape, rope, backend
         self.keys, self.values = [], []
         for layer in range(shape.num_layers):
             columns = self._first_context(layer) + shape.max_context
@@ -58,6 +60,10 @@ class CachePlan:
         self.lengths = [0] * shape.batch
         self.lengths_B = torch.zeros(shape.batch, dtype=torch.long, device=shape.device)
         self.all_slots_valid = shape.num_slots == 0
+        heads = {layer: tuple(heads_G.tolist()) for layer, heads_G in shape.memory_heads.items()}
+        distinct = list(dict.fromkeys(heads.values()))
+        self.choices = {layer: distinct.index(some) for layer, some in heads.items()}
+        self.hidden_AG = ~torch.tensor(distinct, dtype=torch.bool, device=shape.device)
 
     def _first_context(self, layer: int) -> int:
         return self.shape.prefix_length + (self.shape.num_slots if layer in self.shape.memory_layers else 0)
@@ -80,7 +86,7 @@ class CachePlan:
 
     def recall(self, memories: ChunkMemories, rows: Sequence[int] | None = None) -> None:
         """Overwrite the memory slots of the sequences ``rows`` (all by default) with ``memories`` (C = 1)."""
-        rows_B = self.rows_B if rows is None else torch.tensor(rows, device=self.shape.device)
+        rows_B = slice(None) if rows is None else torch.tensor(rows, device=self.shape.device)
         slots = slice(self.shape.prefix_length, self.shape.prefix_length + self.shape.num_slots)
         for layer in self.shape.memory_layers:
             key_BMGD, value_BMGD = memories.key_values(layer)[:, :, 0].to(self.shape.dtype)
@@ -133,6 +139,7 @@ class CachePlan:
         first = self.shape.prefix_length + self.shape.num_slots
         self.mask_BT[self.rows_B, first + self.new_B] = 0
         self.memory_mask, self.plain_mask = self._masks()
+        self.masks_ABG1T = self._masks_by_heads() if self.choices else ()
 
     @property
     def _same_length(self) -> bool:
@@ -151,13 +158,15 @@ class CachePlan:
         """What one step adds to the scores in ``layer``, [B, 1 or G, 1, T]; None adds nothing."""
         if layer not in self.shape.memory_layers:
             return self.plain_mask
-        heads_G = self.shape.memory_heads.get(layer)
-        if heads_G is None:
-            return self.memory_mask
+        return self.masks_ABG1T[self.choices[layer]] if layer in self.choices else self.memory_mask
+
+    def _masks_by_heads(self) -> Tensor:
+        """The mask of each choice of heads that read memories, for layers in which not all do."""
         prefix, slots = self.shape.prefix_length, self.shape.num_slots
-        mask_BG1T = self.used_B11T.repeat(1, self.shape.num_kv_heads, 1, 1)
-        mask_BG1T[:, ~heads_G.to(mask_BG1T.device), :, prefix : prefix + slots] = float("-inf")
-        return mask_BG1T
+        masks_ABG1T = self.used_B11T.repeat(*self.hidden_AG.shape[:1], 1, self.shape.num_kv_heads, 1, 1)
+        shown = masks_ABG1T[..., prefix : prefix + slots]
+        shown.masked_fill_(self.hidden_AG[:, None, :, None, None], float("-inf"))
+        return masks_ABG1T
 
     def _add(self, stored_BGTD: Tensor, layer: int, new_BGD: Tensor) -> None:
         """Store what the new token of every sequence has in ``layer``."""
@@ -169,9 +178,9 @@ class CachePlan:
 
     def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
         """Store the new token of every sequence and attend from it to all that is cached, [1, B, H, D]; S is 1."""
-        query_BHD = rotate(query_SBHD, self.table)[0]
+        query_BHD = rotate(query_SBHD, self.table, self.backend)[0]
         columns = self._first_context(layer) + max(self.lengths)
-        self._add(self.keys[layer], layer, rotate(key_SBGD, self.table)[0])
+        self._add(self.keys[layer], layer, rotate(key_SBGD, self.table, self.backend)[0])
         self._add(self.values[layer], layer, value_SBGD[0])
         out_BGQD = torch.nn.functional.scaled_dot_product_attention(
             query_BHD.unflatten(1, (self.shape.num_kv_heads, -1)),

@@ -59,10 +59,13 @@ class ChunkMemories:
         _, X, G, K, D = kv_NXGKD.shape
         if not len(kv_NXGKD):
             return kv_NXGKD.new_zeros(X, B, C, R * K, G, D)
-        kv_XBCMGD = (
-            kv_NXGKD[self.rows_BCR.flatten()].view(B, C, R, X, G, K, D).permute(3, 0, 1, 2, 5, 4, 6).flatten(3, 4)
-        )
-        return kv_XBCMGD.masked_fill(~self.valid_slots[None, ..., None, None], 0)
+        kv_XNKGD = kv_NXGKD.permute(1, 0, 3, 2, 4).contiguous()
+        kv_XBCMGD = kv_XNKGD.index_select(1, self.rows_BCR.flatten()).view(X, B, C, R * K, G, D)
+        return kv_XBCMGD if self._all_valid else kv_XBCMGD.masked_fill_(~self.valid_slots[None, ..., None, None], 0)
+
+    @functools.cached_property
+    def _all_valid(self) -> bool:
+        return bool(self.valid_slots.all())
 
     def valid_in(self, layer: int) -> Tensor:
         """Which slots of a memory layer are read, [B, C, M], or [B, C, M, G] where its heads differ."""

@@ -136,7 +136,7 @@ class JointCodec(Codec):
             codes_NB = np.ascontiguousarray(codes_NCB[:, lists_C]).reshape(N * K, lists_C.sum() * self.token_bytes)
             decoded_CND = self.code.decode(head, torch.from_numpy(codes_NB).to(self.device))
             kv_CNKXD[lists_C] = decoded_CND.reshape(lists_C.sum(), N, K, 2, self.head_size)
-        return _turn(kv_CNKXD.permute(1, 0, 3, 2, 4), positions_NCK, self.frequency, 1).to(dtype)
+        return _turn(kv_CNKXD.permute(1, 0, 3, 2, 4), positions_NCK, self.frequency, 1, dtype)
 
     def empty_lists(self, codes_NCB: np.ndarray, valid_NK: np.ndarray) -> np.ndarray:
         """See :class:`Codec`."""
@@ -175,10 +175,14 @@ def _by_class(kv_NCXKD: Tensor) -> Tensor:
     return kv_NCXKD.permute(1, 0, 3, 2, 4).flatten(3, 4).flatten(1, 2)
 
 
-def _turn(kv_NCXKD: Tensor, positions_NCK: Tensor, frequency: Tensor, sign: int) -> Tensor:
-    """The lists with keys turned by their positions (sign 1) or back (-1)."""
+def _turn(
+    kv_NCXKD: Tensor, positions_NCK: Tensor, frequency: Tensor, sign: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The lists with keys turned by their positions (sign 1) or back (-1), in ``dtype``."""
     count = int(positions_NCK.max()) + 1 if positions_NCK.numel() else 0
     angle, places = sign * torch.arange(count)[:, None].double() * frequency, positions_NCK.to(kv_NCXKD.device).long()
     cosine, sine = (part.to(kv_NCXKD.device)[places] for part in turns(angle, torch.float32))
-    turned = rotate(kv_NCXKD[:, :, 0], (cosine, sine))
-    return torch.stack([turned, kv_NCXKD[:, :, 1]], 2)
+    turned = torch.empty(kv_NCXKD.shape, dtype=dtype, device=kv_NCXKD.device)
+    turned[:, :, 0] = rotate(kv_NCXKD[:, :, 0], (cosine, sine))
+    turned[:, :, 1] = kv_NCXKD[:, :, 1]
+    return turned

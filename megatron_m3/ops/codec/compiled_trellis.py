@@ -1,9 +1,10 @@
-"""The trellis' search, compiled for the CPU: sequences side by side in vectors, their costs in the nearest caches.
+"""The trellis' search, compiled for the CPU: sequences side by side in vectors, their costs in the nearest caches; and
+the look-ups of decoding.
 
-Finds the states that :func:`megatron_m3.ops.codec.trellis.search_plainly` finds. Of each step it keeps which of the
-states that differ in their oldest bits alone was the best, a byte for each group of them.
+The search finds the states that :func:`megatron_m3.ops.codec.trellis.search_plainly` finds. Of each step it keeps
+which of the states that differ in their oldest bits alone was the best, a byte for each group of them.
 
-Letters: T numbers of a sequence, N sequences, S states, L lanes; ``cost_SL`` and its parts are flat.
+Letters: T numbers of a sequence, N sequences, B bytes of a code, S states, L lanes; ``cost_SL`` and its parts are flat.
 """
 
 import functools
@@ -49,6 +50,33 @@ def _search(numbers_TN: Tensor, tables_TS: Tensor, bits: list[int], states_TN: T
                        ((STATES // 2, np.int32), (int(starts[-1]), np.uint8)))
     _kernel()(numbers_TN.numpy(), tables_TS.contiguous().numpy(), np.array(bits), starts, costs, winner, winners,
               states_TN.numpy())
+
+
+def look_up(codes_NB: Tensor, starts_T: Tensor, rows_T: Tensor, tables: Tensor) -> Tensor:
+    """What :func:`megatron_m3.ops.codec.trellis.look_up_plainly` gives, in one pass."""
+    values_TN = torch.empty(len(starts_T), len(codes_NB))
+    codes_BN = torch.nn.functional.pad(codes_NB.T, (0, 0, 2, 1)).contiguous()
+    _look_up_kernel()(codes_BN.numpy(), starts_T.numpy(), rows_T.numpy(), tables.contiguous().numpy(),
+                      values_TN.numpy())
+    return values_TN
+
+
+@functools.cache
+def _look_up_kernel() -> Callable[..., None]:
+    whole = types.int64[::1]
+    return compile_kernel(
+        types.void(types.uint8[:, ::1], whole, whole, types.float32[:, ::1], types.float32[:, ::1]), _look_up_all)
+
+
+def _look_up_all(
+    codes_BN: np.ndarray, starts_T: np.ndarray, rows_T: np.ndarray, tables: np.ndarray, values_TN: np.ndarray
+) -> None:
+    for number in range(starts_T.size):
+        first, right = starts_T[number] >> 3, 16 - STATE_BITS - (starts_T[number] & 7)
+        high_N, low_N, table_S = codes_BN[first], codes_BN[first + 1], tables[rows_T[number]]
+        for place in range(high_N.size):
+            pair = np.uint32(high_N[place]) << 8 | np.uint32(low_N[place])
+            values_TN[number, place] = table_S[pair >> right & (STATES - 1)]
 
 
 @functools.cache

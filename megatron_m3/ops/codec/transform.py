@@ -8,6 +8,7 @@ Letters: C classes (those of one group, where a group is named), N vectors of a 
 a code, T coordinates of a group that have bits, S states of the trellis.
 """
 
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -85,19 +86,31 @@ class TransformCode:
 
     def decode(self, group: int, codes_NB: Tensor) -> Tensor:
         """Vectors, float32 [C, N, D], that the codes of a group stand for."""
-        chosen_C = self.group_C == group
-        bits_CD = self.bits_CD[chosen_C]
-        order_T, bits = self._order(group)
-        ends = torch.zeros(bits_CD.numel(), dtype=torch.int64)
-        ends[order_T] = torch.tensor(bits).cumsum(0)
-        coordinates = trellis.look_up(codes_NB, ends, bits_CD.flatten().long(), self.tables)
-        coordinates_CDN = coordinates.view(*bits_CD.shape, len(codes_NB))
+        ends, rows, from_CDD, mean_CD1 = self._decoding(group)
+        coordinates = trellis.look_up(codes_NB, ends, rows, self.tables)
+        coordinates_CDN = coordinates.view(*from_CDD.shape[:2], len(codes_NB))
         # products of one shape, filled up with 0, so that last bits do not depend on how many are decoded
         together = DECODED_TOGETHER[codes_NB.device.type]
         padded = torch.nn.functional.pad(coordinates_CDN, (0, -len(codes_NB) % together))
-        from_CDD, mean_CD1 = self.from_CDD[chosen_C].transpose(1, 2), self.mean_CD[chosen_C][..., None]
         parts = [torch.baddbmm(mean_CD1, from_CDD, part) for part in padded.split(together, 2)]
         return torch.cat(parts, 2)[..., : len(codes_NB)].transpose(1, 2)
+
+    def _decoding(self, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of a group's coordinates, the bits before which their codes end, and their own bits; of its classes, the
+        transposed transform [C, D, D] and mean [C, D, 1] of decoding."""
+        if group not in self._of_groups:
+            chosen_C = self.group_C == group
+            bits_CD = self.bits_CD[chosen_C]
+            order_T, bits = self._order(group)
+            ends = torch.zeros(bits_CD.numel(), dtype=torch.int64)
+            ends[order_T] = torch.tensor(bits).cumsum(0)
+            self._of_groups[group] = (ends, bits_CD.flatten().long(), self.from_CDD[chosen_C].transpose(1, 2),
+                                      self.mean_CD[chosen_C][..., None])
+        return self._of_groups[group]
+
+    @functools.cached_property
+    def _of_groups(self) -> dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        return {}
 
     def _order(self, group: int) -> tuple[Tensor, list[int]]:
         """Places of a group's coordinates in the order of their codes, most bits first, and their bits."""

@@ -98,10 +98,20 @@ def pack(states_TN: Tensor, bits: list[int]) -> Tensor:
 
 def look_up(codes_NB: Tensor, ends_T: Tensor, rows_T: Tensor, tables: Tensor) -> Tensor:
     """Values float32 [T, N]: those of row ``rows_T`` of ``tables`` at the bits that end before bit ``ends_T``."""
+    starts_T = ends_T + (16 - STATE_BITS)
+    if codes_NB.is_cuda:
+        return look_up_plainly(codes_NB, starts_T, rows_T, tables)
+    from megatron_m3.ops.codec import compiled_trellis
+
+    return compiled_trellis.look_up(codes_NB, starts_T, rows_T, tables)
+
+
+def look_up_plainly(codes_NB: Tensor, starts_T: Tensor, rows_T: Tensor, tables: Tensor) -> Tensor:
+    """:func:`look_up` in plain torch, on any device; ``starts_T`` are the first bits with two zero bytes before all."""
     device = codes_NB.device
     padded = torch.zeros(codes_NB.shape[1] + 3, len(codes_NB), dtype=torch.int32, device=device)
     padded[2:-1] = codes_NB.T
-    pairs, start_T = (padded[:-1] << 8) | padded[1:], ends_T + (16 - STATE_BITS)
-    word_T, right_T1 = (start_T >> 3).to(device), (16 - STATE_BITS - (start_T & 7)).int()[:, None].to(device)
+    pairs = (padded[:-1] << 8) | padded[1:]
+    word_T, right_T1 = (starts_T >> 3).to(device), (16 - STATE_BITS - (starts_T & 7)).int()[:, None].to(device)
     state_TN = (pairs[word_T] >> right_T1) & (STATES - 1)
     return tables.flatten()[state_TN + (STATES * rows_T).int()[:, None].to(device)]

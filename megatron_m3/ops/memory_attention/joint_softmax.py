@@ -10,6 +10,7 @@ Letters as in ``reference.py``; ``L`` is the chunk length, ``W`` the window, ``U
 the query heads of a key-value head.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,6 +44,11 @@ class TrunkKernel(Protocol):
         """Gradients of query, key and value as part of a softmax whose output and log-sum-exp ``trunk`` has."""
 
 
+Merge = Callable[[Trunk, Tensor, Tensor, Tensor, Tensor, int, int], None]
+"""Makes a trunk's output and log-sum-exp those of the joint softmax, in place; it takes the trunk, its queries, the
+memories' keys, values and validity as :class:`_JointSoftmax` has them, prefix and chunk length."""
+
+
 class _JointSoftmax(torch.autograd.Function):
     """One softmax over causal trunk keys and each chunk's memory keys.
 
@@ -51,17 +57,11 @@ class _JointSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, kernel: TrunkKernel, query: Tensor, key: Tensor, value: Tensor, memory_key: Tensor,
-                memory_value: Tensor, valid: Tensor, prefix: int, length: int) -> Tensor:
-        out, lse, rest = kernel.forward(query, key, value)
-        score = _memory_scores(query, memory_key, valid, prefix, length)
-        trunk_lse = _lse_by_chunk(lse, memory_key, prefix, length)
-        joint_lse = torch.logaddexp(trunk_lse, score.logsumexp(-1, keepdim=True))
-        weight = torch.exp(score - joint_lse).to(query.dtype)
-        read = torch.einsum("bcgrlu,bcgud->bcgrld", weight, memory_value)
-        scaled = _by_chunk(out[:, prefix:], memory_key, length) * torch.exp(trunk_lse - joint_lse)
-        out[:, prefix:] = _from_chunks(read + scaled, query.shape[1] - prefix)
-        lse[:, :, prefix:] = _from_chunks(joint_lse, query.shape[1] - prefix)[..., 0].transpose(1, 2)
+    def forward(ctx: Any, kernel: TrunkKernel, merge: Merge, query: Tensor, key: Tensor, value: Tensor,
+                memory_key: Tensor, memory_value: Tensor, valid: Tensor, prefix: int, length: int) -> Tensor:
+        trunk = kernel.forward(query, key, value)
+        merge(trunk, query, memory_key, memory_value, valid, prefix, length)
+        out, lse, rest = trunk
         ctx.save_for_backward(query, key, value, memory_key, memory_value, valid, out, lse)
         ctx.kernel, ctx.rest, ctx.prefix, ctx.length = kernel, rest, prefix, length
         return out
@@ -83,7 +83,7 @@ class _JointSoftmax(torch.autograd.Function):
         d_memory_key = torch.einsum("bcgrlu,bcgrld->bcgud", d_score, query_chunks)
         d_query_memory = torch.einsum("bcgrlu,bcgud->bcgrld", d_score, memory_key)
         d_query[:, prefix:] += _from_chunks(d_query_memory, query.shape[1] - prefix)
-        return None, d_query, d_key, d_value, d_memory_key, d_memory_value, None, None, None
+        return None, None, d_query, d_key, d_value, d_memory_key, d_memory_value, None, None, None
 
 
 class _Causal(torch.autograd.Function):
@@ -101,6 +101,21 @@ class _Causal(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         query, key, value, out, lse = ctx.saved_tensors
         return None, *ctx.kernel.backward(grad, query, key, value, Trunk(out, lse, ctx.rest))
+
+
+def merge_at_once(
+    trunk: Trunk, query: Tensor, memory_key: Tensor, memory_value: Tensor, valid: Tensor, prefix: int, length: int
+) -> None:
+    """A :data:`Merge` of few operations, whatever the number of chunks."""
+    out, lse, _ = trunk
+    score = _memory_scores(query, memory_key, valid, prefix, length)
+    trunk_lse = _lse_by_chunk(lse, memory_key, prefix, length)
+    joint_lse = torch.logaddexp(trunk_lse, score.logsumexp(-1, keepdim=True))
+    weight = torch.exp(score - joint_lse).to(query.dtype)
+    read = torch.einsum("bcgrlu,bcgud->bcgrld", weight, memory_value)
+    scaled = _by_chunk(out[:, prefix:], memory_key, length) * torch.exp(trunk_lse - joint_lse)
+    out[:, prefix:] = _from_chunks(read + scaled, query.shape[1] - prefix)
+    lse[:, :, prefix:] = _from_chunks(joint_lse, query.shape[1] - prefix)[..., 0].transpose(1, 2)
 
 
 def _memory_scores(query: Tensor, memory_key: Tensor, valid: Tensor, prefix: int, length: int) -> Tensor:
@@ -135,6 +150,8 @@ def _lse_by_chunk(lse_BHT: Tensor, memory_key: Tensor, prefix: int, length: int)
 def _slide(memory_BCMGD: Tensor, window: int) -> Tensor:
     """Each chunk's window of memories, its own and those of the chunks before: ``[B, C, G, W * M, D]``."""
     B, C, M, G, D = memory_BCMGD.shape
+    if window == 1:
+        return memory_BCMGD.transpose(2, 3)
     padded = functional.pad(memory_BCMGD, (0, 0, 0, 0, 0, 0, window - 1, 0))
     return padded.unfold(1, window, 1).permute(0, 1, 3, 5, 2, 4).reshape(B, C, G, window * M, D)
 
@@ -153,6 +170,7 @@ def attend_alone(kernel: TrunkKernel, query_BTHD: Tensor, key_BTGD: Tensor, valu
 def attend_jointly(
     kernel: TrunkKernel, query_BTHD: Tensor, key_BTGD: Tensor, value_BTGD: Tensor, memory_key_BCMGD: Tensor,
     memory_value_BCMGD: Tensor, memory_valid_BCM: Tensor, *, prefix_length: int, chunk_length: int, window: int,
+    merge: Merge = merge_at_once,
 ) -> Tensor:
     """:func:`~megatron_m3.ops.memory_attention.reference.memory_attention` with ``kernel`` for the trunk.
 
@@ -164,7 +182,7 @@ def attend_jointly(
     valid_BCMG = memory_valid_BCM[..., None] if memory_valid_BCM.dim() == 3 else memory_valid_BCM
     memory_key_BCMGD, memory_value_BCMGD = empty_is_zero(memory_key_BCMGD, memory_value_BCMGD, valid_BCMG)
     return _JointSoftmax.apply(
-        kernel, query_BTHD, key_BTGD, value_BTGD, _repeat_last(_slide(memory_key_BCMGD, window), chunks),
+        kernel, merge, query_BTHD, key_BTGD, value_BTGD, _repeat_last(_slide(memory_key_BCMGD, window), chunks),
         _repeat_last(_slide(memory_value_BCMGD, window), chunks),
         _repeat_last(_slide(valid_BCMG[..., None], window)[..., 0], chunks), prefix_length, length,
     )

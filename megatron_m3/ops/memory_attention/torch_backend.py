@@ -4,12 +4,14 @@ The trunk is plain causal attention by the library's fused kernel; ``joint_softm
 Letters as in ``reference.py``.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_m3.errors import UnsupportedError
-from megatron_m3.ops.memory_attention.joint_softmax import Trunk, attend_jointly
+from megatron_m3.ops.memory_attention.joint_softmax import Trunk, attend_jointly, merge_at_once
 
 aten = torch.ops.aten
 
@@ -66,14 +68,46 @@ class TorchKernel:
         return d_query, d_key, d_value
 
 
+def _merge_by_chunk(
+    trunk: Trunk, query: Tensor, memory_key: Tensor, memory_value: Tensor, valid: Tensor, prefix: int, length: int
+) -> None:
+    """A :data:`~megatron_m3.ops.memory_attention.joint_softmax.Merge` by the CPU's fused attention, chunk by chunk.
+
+    Nothing is copied or padded; that a chunk takes some operations costs little where none waits for a device.
+    """
+    if not valid.any():
+        return
+    ends = range(prefix + length, query.shape[1] + length, length)
+    masks = [None] * len(ends) if valid.all() else _masks(valid, query)
+    for chunk, (end, mask) in enumerate(zip(ends, masks, strict=False)):
+        rows = slice(end - length, end)
+        read, read_lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            query[:, rows].transpose(1, 2), memory_key[:, chunk], memory_value[:, chunk], 0.0, False, attn_mask=mask)
+        if mask is not None:  # the library gives 0 where all slots are empty
+            read_lse = read_lse.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)
+        lse = trunk.lse_BHT[:, :, rows]
+        share = torch.sigmoid(read_lse - lse).to(query.dtype)
+        trunk.out_BTHD[:, rows].lerp_(read.transpose(1, 2), share.transpose(1, 2)[..., None])
+        lse.copy_(torch.logaddexp(lse, read_lse))
+
+
+def _masks(valid_BCGU: Tensor, query_BTHD: Tensor) -> Sequence[Tensor]:
+    """What to add to the scores of each chunk's memories, ``[B, H or 1, 1, U]``."""
+    heads = valid_BCGU.shape[2]
+    valid_CBHU = valid_BCGU.transpose(0, 1).repeat_interleave(query_BTHD.shape[2] // heads if heads > 1 else 1, 2)
+    shown_CBHU = torch.zeros(valid_CBHU.shape, dtype=query_BTHD.dtype)
+    return shown_CBHU.masked_fill_(~valid_CBHU, -torch.inf)[:, :, :, None].unbind()
+
+
 def memory_attention(
     query_BTHD: Tensor, key_BTGD: Tensor, value_BTGD: Tensor, memory_key_BCMGD: Tensor, memory_value_BCMGD: Tensor,
     memory_valid_BCM: Tensor, *, prefix_length: int, chunk_length: int, window: int,
 ) -> Tensor:
     """See :func:`megatron_m3.ops.memory_attention.reference.memory_attention`; memory grows linearly with length."""
+    merge = _merge_by_chunk if query_BTHD.device.type == "cpu" else merge_at_once
     return attend_jointly(
         TorchKernel(), query_BTHD, key_BTGD, value_BTGD, memory_key_BCMGD, memory_value_BCMGD, memory_valid_BCM,
-        prefix_length=prefix_length, chunk_length=chunk_length, window=window)
+        prefix_length=prefix_length, chunk_length=chunk_length, window=window, merge=merge)
 
 
 def causal_attention(query_BTHD: Tensor, key_BTGD: Tensor, value_BTGD: Tensor) -> Tensor:

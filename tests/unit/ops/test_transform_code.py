@@ -104,6 +104,19 @@ def test_the_stream_found_is_the_best_of_all_and_is_read_back(bits):
     assert torch.equal((1000 * values).round(), torch.stack([whole[row, states[row]] for row in range(len(bits))]))
 
 
+@pytest.mark.parametrize("count", [1, 37, 64])
+def test_compiled_look_ups_are_those_in_plain_torch(count):
+    from megatron_m3.ops.codec import compiled_trellis, trellis
+
+    generator = torch.Generator().manual_seed(count)
+    bits = torch.tensor([8, 7, 0, 6, 5, 4, 3, 2, 2, 1, 1, 1])
+    codes = torch.randint(0, 256, (count, 5), generator=generator, dtype=torch.uint8)
+    starts = bits.cumsum(0) + 16 - trellis.STATE_BITS
+    tables = torch.randn(trellis.MAX_BITS + 1, trellis.STATES, generator=generator)
+    plain = trellis.look_up_plainly(codes, starts, bits, tables)
+    assert torch.equal(compiled_trellis.look_up(codes, starts, bits, tables), plain)
+
+
 def test_a_group_gives_its_bits_to_the_class_that_needs_them(vectors):
     heavy = even().clone()
     heavy[0] *= 100
