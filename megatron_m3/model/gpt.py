@@ -28,6 +28,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     dtype = DTYPES[config.training.dtype]
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
+        transformer_impl=config.training.transformer_impl,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
