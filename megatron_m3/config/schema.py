@@ -116,6 +116,9 @@ class TrainingConfig:
     """Initial weights and dropout."""
     output: str = ""
     """Folder of the run: checkpoints, metrics, resolved config."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Modules of a layer while it is trained: local (megatron-core's own), or transformer_engine (its linear layers,
+    two of them one kernel with the norm before them, on CUDA; never run on a card yet). Checkpoints are the same."""
     frozen_layers: int = 0
     """Lowest layers whose weights stay as they are; from 1 on the embedding (and an output tied to it) does too."""
     reference_gradient_every: int = 1

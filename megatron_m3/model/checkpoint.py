@@ -269,8 +269,9 @@ def load_model(folder: Path, *, tensor: int = 1, pipeline: int = 1,
     settings = read_checkpoint(folder).settings
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     config = from_dict(Config, settings["config"])
-    # nothing is trained here, so stages of frozen layers are as good as others
-    config = replace(config, parallel=parallel, training=replace(config.training, frozen_layers=0))
+    # nothing is trained here, so stages of frozen layers are as good as others, and generation takes local modules
+    training = replace(config.training, frozen_layers=0, transformer_impl="local")
+    config = replace(config, parallel=parallel, training=training)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     if not parallel_state.model_parallel_is_initialized():
         initialize_parallel(config.parallel, config.training.seed)

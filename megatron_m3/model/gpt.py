@@ -17,6 +17,7 @@ from megatron_m3.model.held_memories import HeldMemories, MemoryTable
 from megatron_m3.model.layers import block_spec
 from megatron_m3.model.layout import JointLayout
 from megatron_m3.model.reference_pass import pass_references
+from megatron_m3.platform import select
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -27,6 +28,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     dtype = DTYPES[config.training.dtype]
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
+        transformer_impl=config.training.transformer_impl,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
@@ -55,7 +57,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True,
         perform_initialization=False,
-        bias_activation_fusion=False,
+        # torch compiles it there, and keeps 3 widths of the MLP for the backward pass in place of 5
+        bias_activation_fusion=select().is_cuda,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,

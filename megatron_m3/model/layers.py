@@ -6,13 +6,19 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_m3.errors import UnsupportedError
 from megatron_m3.model.attention import PlannedAttention
+from megatron_m3.ops.memory_attention.te_backend import need_release
+from megatron_m3.platform import select
 
 
 class RMSNorm(torch.nn.Module):
@@ -71,9 +77,33 @@ def add_to_trunk(sequence_parallel: bool) -> Callable[..., Any]:
     return get_bias_dropout_add
 
 
+def check_transformer_engine() -> None:
+    """Refuse Transformer Engine's modules where they cannot be built.
+
+    Raises:
+        UnsupportedError: no CUDA device, or Transformer Engine is missing or is another release.
+    """
+    who, instead = "training.transformer_impl=transformer_engine", "set it to local"
+    if not select().is_cuda:
+        raise UnsupportedError(f"{who}: Transformer Engine computes on CUDA devices alone; {instead}")
+    need_release(who, instead)
+
+
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One Transformer layer: megatron-core's, with planned attention and RMSNorm."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    """One Transformer layer: megatron-core's, with planned attention and RMSNorm.
+
+    With ``transformer_impl`` transformer_engine its linear layers, into which the norms before them are fused; norms of
+    heads are RMSNorm in either case. Weights have the same names in checkpoints.
+
+    Raises:
+        UnsupportedError: Transformer Engine is asked for where it cannot be used.
+    """
+    norms: dict[str, Any] = {"input_layernorm": RMSNorm, "pre_mlp_layernorm": RMSNorm}
+    if config.transformer_impl == "transformer_engine":
+        check_transformer_engine()
+        spec, norms = get_gpt_layer_with_transformer_engine_spec(), {}
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention = spec.submodules.self_attention
     head_norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
     attention = dataclasses.replace(
@@ -85,8 +115,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
         self_attention=attention,
         self_attn_bda=add_to_trunk(config.sequence_parallel),
         mlp_bda=add_to_trunk(config.sequence_parallel),
-        input_layernorm=RMSNorm,
-        pre_mlp_layernorm=RMSNorm,
+        **norms,
     )
     return dataclasses.replace(spec, submodules=submodules)
 

@@ -1,4 +1,4 @@
-"""Which backend computes attention and the selection of tokens, where the user leaves it open."""
+"""Which backend computes attention where the user leaves it open, and which kernels go with an attention backend."""
 
 import functools
 from typing import NamedTuple
@@ -46,3 +46,13 @@ def decide(architecture: int | None, head_size: int) -> Choice:
     except UnsupportedError as error:
         return Choice("torch", str(error))
     return Choice("triton", f"CUDA sm_{architecture}")
+
+
+def takes_triton(attention: str, head_size: int) -> bool:
+    """Whether RoPE and the selection of tokens use their Triton kernels beside the attention backend ``attention``.
+
+    They do beside triton, and beside te on cards where auto is triton; torch and reference do without Triton.
+    """
+    if attention == "te":
+        return decide(cuda_architecture(), head_size).name == "triton"
+    return attention == "triton"

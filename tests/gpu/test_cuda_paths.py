@@ -160,3 +160,32 @@ def test_a_joint_pass_over_nccl_trains(dtype):
             losses[backend] = loss.item()
         for backend in set(backends) - {"reference"}:
             assert losses[backend] == pytest.approx(losses["reference"], rel=2e-2 if dtype == "bf16" else 1e-5)
+
+
+@pytest.mark.parametrize(("impl", "fused", "dtype"), [
+    ("local", False, "fp32"), ("local", False, "bf16"), ("transformer_engine", True, "fp32"),
+    ("transformer_engine", True, "bf16"),
+])
+def test_layers_of_other_modules_give_the_same_step(impl, fused, dtype):
+    from megatron_m3.config import get_recipe, replace_fields
+    from megatron_m3.platform.distributed import parallel_world
+    from tests.benchmarks.bench_training import PREFIX, batches
+
+    if impl == "transformer_engine" and (reason := why_not_te()):
+        pytest.skip(reason)
+    config = replace_fields(get_recipe("tiny"), {"training.stage": "continual", "training.dtype": dtype})
+    with parallel_world(config.parallel, seed=1):
+        from megatron_m3.model.gpt import build_model, training_forward
+
+        batch = {name: part.cuda() for name, part in next(batches(config)).items()}
+        results = []
+        for kind, fuse in (("local", True), (impl, fused)):
+            settings = replace_fields(config, {"training.transformer_impl": kind})
+            [model] = build_model(settings)
+            assert model.config.bias_activation_fusion
+            model.config.bias_activation_fusion = fuse
+            loss = training_forward(model, batch, settings, torch.tensor(PREFIX)).float().mean()
+            loss.backward()
+            norm = sum(weight.grad.float().square().sum() for weight in model.parameters()).sqrt()
+            results.append([loss.item(), norm.item()])
+    assert results[1] == pytest.approx(results[0], rel=2e-2 if dtype == "bf16" else 1e-3)

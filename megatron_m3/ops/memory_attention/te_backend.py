@@ -74,6 +74,26 @@ class Library(NamedTuple):
     """The kernel for a setting; UnsupportedError in the library's words where there is none."""
 
 
+def need_release(who: str, instead: str) -> None:
+    """Refuse to go on without the release of Transformer Engine that is used here.
+
+    Args:
+        who: what a user asked for that needs it, in errors.
+        instead: what would do without it.
+
+    Raises:
+        UnsupportedError: it is missing, or is another release.
+    """
+    try:
+        found = importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        raise UnsupportedError(f"{who}: Transformer Engine is not installed; make gpu-setup installs it, or "
+                               f"{instead}") from None
+    if not found.startswith(f"{VERSION}."):
+        raise UnsupportedError(f"{who}: Transformer Engine {found} is installed, which may differ from {VERSION}; "
+                               f"make gpu-setup installs that, or {instead}")
+
+
 @functools.cache
 def library() -> Library:
     """Transformer Engine's functions, imported when they are first needed.
@@ -82,16 +102,10 @@ def library() -> Library:
         UnsupportedError: it is missing, cannot be loaded, or is another release.
     """
     where = "transformer_engine.pytorch"
+    need_release(WHO, INSTEAD)
     try:
-        found = importlib.metadata.version("transformer-engine")
-        if not found.startswith(f"{VERSION}."):
-            raise UnsupportedError(f"{WHO}: Transformer Engine {found} is installed, whose fused attention may differ "
-                                   f"from {VERSION}'s; make gpu-setup installs that, or {INSTEAD}")
         functions = importlib.import_module(f"{where}.cpp_extensions.fused_attn")
         shapes = importlib.import_module(f"{where}.attention.dot_product_attention.utils")
-    except importlib.metadata.PackageNotFoundError:
-        raise UnsupportedError(f"{WHO}: Transformer Engine is not installed; make gpu-setup installs it, or "
-                               f"{INSTEAD}") from None
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UnsupportedError(f"{WHO}: Transformer Engine cannot be imported ({reason}); {INSTEAD}") from None

@@ -6,6 +6,7 @@ Letters: N references, T tokens of a reference, H query heads, G key-value heads
 import torch
 from torch import Tensor
 
+from megatron_m3.ops.choice import takes_triton
 from megatron_m3.ops.select_tokens import triton_backend
 from megatron_m3.ops.select_tokens.reference import Rule, token_weights
 
@@ -25,13 +26,13 @@ def select_tokens(
 
     Equal weights are decided for the earlier token. A reference shorter than ``num_kept`` keeps what it has. With
     ``preferred_GT`` (bool) a head takes tokens that it does not prefer only when there are no others.
-    ``backend`` triton writes no scores; all others are torch's.
+    Triton, which writes no scores, weighs them where it goes with attention ``backend``.
 
     Returns:
         indices ``[N, G, K]``, ascending, 0 where nothing is kept; valid ``[N, K]``, False where nothing is kept.
     """
     T = query_NTHD.shape[1]
-    weigh = triton_backend.token_weights if backend == "triton" else token_weights
+    weigh = triton_backend.token_weights if takes_triton(backend, query_NTHD.shape[-1]) else token_weights
     weight_NGT = weigh(query_NTHD, key_NTGD, lengths_N, rule, value_NTGD)
     order_NGT = weight_NGT.argsort(dim=-1, descending=True, stable=True)
     if preferred_GT is not None:

@@ -30,6 +30,7 @@ def saved_bytes(config: Config) -> tuple[int, int]:
     from tests.benchmarks.bench_training import PREFIX, batches
 
     [model] = build_model(config)
+    model.config.bias_activation_fusion = True  # as on CUDA
     weights = {weight.untyped_storage().data_ptr(): weight.nbytes for weight in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

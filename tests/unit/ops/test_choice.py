@@ -3,9 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megatron_m3.config import ModelConfig, get_recipe
+from megatron_m3.ops import choice, rope, select_tokens
 from megatron_m3.ops.choice import choose_backend, decide
+from megatron_m3.ops.select_tokens import choice as selection
 
 
 @pytest.mark.parametrize(("architecture", "head_size", "told"), [
@@ -23,3 +26,23 @@ def test_on_the_cpu_it_is_torch_and_a_name_is_taken_as_it_is():
     assert model.attention == ModelConfig.__dataclass_fields__["attention"].default == "auto"
     assert choose_backend(model).name == "torch"
     assert str(choose_backend(replace(model, attention="reference"))) == "reference"
+
+
+@pytest.mark.parametrize(("attention", "architecture", "head_size", "expected"), [
+    ("triton", 90, 80, True), ("triton", None, 80, True),
+    ("te", 90, 80, True), ("te", 100, 64, True), ("te", 80, 64, True),
+    ("te", 89, 64, False), ("te", 90, 320, False), ("te", None, 64, False),
+    ("torch", 90, 80, False), ("reference", 90, 80, False),
+])
+def test_rope_and_selection_take_triton_beside_te_where_auto_would(
+    attention, architecture, head_size, expected, monkeypatch
+):
+    monkeypatch.setattr(choice, "cuda_architecture", lambda: architecture)
+    called = []
+    monkeypatch.setattr(rope.triton_backend, "rotate", lambda vectors, table: called.append("rope"))
+    monkeypatch.setattr(selection.triton_backend, "token_weights", lambda query, key, lengths, *rule: (
+        called.append("selection") or select_tokens.token_weights(query, key, lengths, *rule)))
+    vectors = torch.zeros(1, 4, 2, head_size)
+    rope.rotate(vectors, rope.turns(torch.zeros(1, 4, 1, head_size // 2), torch.float32), attention)
+    select_tokens.select_tokens(vectors, vectors, torch.tensor([4]), 2, backend=attention)
+    assert called == ["rope", "selection"] * expected

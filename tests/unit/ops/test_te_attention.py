@@ -99,7 +99,7 @@ def test_what_it_cannot_do_is_refused_by_name(monkeypatch):
 
 @pytest.mark.parametrize(("found", "reason"), [
     (None, "Transformer Engine is not installed; make gpu-setup installs it"),
-    ("2.17.0", "Transformer Engine 2.17.0 is installed, whose fused attention may differ from 2.20's"),
+    ("2.17.0", "Transformer Engine 2.17.0 is installed, which may differ from 2.20"),
     ("2.20.2", r"Transformer Engine cannot be imported \(.*None in sys.modules\)"),
 ])
 def test_a_library_that_is_missing_or_another_is_refused_by_name(found, reason, monkeypatch):
