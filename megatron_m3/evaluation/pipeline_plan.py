@@ -6,7 +6,7 @@ from itertools import accumulate, groupby
 
 from megatron_m3.config import Config, stage_layers
 from megatron_m3.config.pipeline_time import PipelineTime, most_held, pipeline_time
-from megatron_m3.config.reuse import held_layers, memory_bytes, num_slots
+from megatron_m3.config.reuse import held_layers, memory_bytes, most_kept_tokens, num_slots
 from megatron_m3.config.split import chunk_costs, even_layers, part_costs
 from megatron_m3.errors import ConfigError
 from megatron_m3.evaluation.cost import TFLOP, columns, format_bytes
@@ -114,7 +114,7 @@ def _stage(config: Config, split: Sequence[int], stage: int, time: PipelineTime,
 def _held_bytes(config: Config, stage: int, data_size: int) -> int:
     if not config.reuses_memories:
         return 0
-    kept = config.memory.num_kept_tokens
+    kept = most_kept_tokens(config)
     return num_slots(config, kept, data_size) * memory_bytes(config, kept, held_layers(config)[stage])
 
 
