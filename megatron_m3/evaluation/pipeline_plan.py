@@ -136,19 +136,22 @@ def _parameters(config: Config, layers: Sequence[int], stage: int) -> tuple[int,
 def layer_activation_bytes(config: Config, layer: int) -> int:
     """What one layer keeps of one sequence for its backward pass, on one process, if it is not recomputed.
 
-    For each token: input and output of both norms; query, key and value, repeated for the query heads, and what they
-    give, twice where the parts of a joint sequence are put together; gate and up projections, the latter twice,
-    activation and product. A memory layer also keeps what it chose keys and values from. Norms are taken to be one
-    kernel each, as on CUDA; made of parts, as on the CPU, they keep another copy or two.
+    For each token: input and output of both norms; query, key and value, repeated for the query heads where no memories
+    are read, and what they give, twice where the parts of a joint sequence are put together; gate and up projections,
+    the latter twice, activation and product. A memory layer also keeps what it chose keys and values from. Norms are
+    taken to be one kernel each, as on CUDA; made of parts, as on the CPU, they keep another copy or two.
     """
     model, ranks = config.model, config.parallel.tensor
     residual = model.hidden_size // (ranks if config.parallel.sequence else 1)
     query, key = (heads * model.head_size // ranks for heads in (model.num_heads, model.num_kv_heads))
     trunk, references = config.data.sequence_length, _reference_tokens(config, layer)
-    token = 4 * residual + (5 if references else 4) * query + 5 * model.ffn_size // ranks
     # of references the last memory layer makes keys and values, no more
-    numbers = trunk * token + references * (token if layer < config.memory_layers[-1] else 2 * residual)
-    if config.training.stage == "continual" and layer in config.memory_layers:
+    joint = references > 0 and layer < config.memory_layers[-1]
+    reads = config.training.stage == "continual" and layer in config.memory_layers
+    token = 4 * residual + joint * query + 5 * model.ffn_size // ranks
+    numbers = trunk * (token + (1 if reads else 4) * query)
+    numbers += references * (token + 4 * query if joint else 2 * residual)
+    if reads:
         numbers += (trunk + references) * (query + 2 * key) + references * key
     return _number_bytes(config) * numbers
 
