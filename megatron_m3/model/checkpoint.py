@@ -42,7 +42,7 @@ class ModelDescription:
     """What a checkpoint says of its model, without the weights."""
 
     config: Config
-    """Settings it was trained with; of a loaded model, parallel and dtype are those it was loaded with."""
+    """Settings it was trained with; of a loaded model, parallel and dtype are those of loading, and attention is auto."""
     tokenizer: "Tokenizer"
     """The tokenizer it was trained with."""
     weights_hash: str
@@ -269,8 +269,9 @@ def load_model(folder: Path, *, tensor: int = 1, pipeline: int = 1,
     settings = read_checkpoint(folder).settings
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     config = from_dict(Config, settings["config"])
-    # nothing is trained here, so stages of frozen layers are as good as others
-    config = replace(config, parallel=parallel, training=replace(config.training, frozen_layers=0))
+    # nothing is trained here, so stages of frozen layers are as good as others; and this may be another device
+    config = replace(config, parallel=parallel, model=replace(config.model, attention="auto"),
+                     training=replace(config.training, frozen_layers=0))
     tokenizer = Tokenizer.load(folder / "tokenizer")
     if not parallel_state.model_parallel_is_initialized():
         initialize_parallel(config.parallel, config.training.seed)
