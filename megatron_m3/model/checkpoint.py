@@ -42,7 +42,7 @@ class ModelDescription:
     """What a checkpoint says of its model, without the weights."""
 
     config: Config
-    """Settings it was trained with; of a loaded model, parallel and dtype are those of loading, and attention is auto."""
+    """Settings it was trained with; of a loaded model parallel and dtype are those of loading, attention is auto."""
     tokenizer: "Tokenizer"
     """The tokenizer it was trained with."""
     weights_hash: str
