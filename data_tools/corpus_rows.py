@@ -85,7 +85,7 @@ class CorpusRows:
             beside = [SKIPPED]
             if self.corpus.selection is not None:
                 with atomic_path(self._path_beside(index, FOUND)) as aside, aside.open("wb") as found:
-                    np.save(found, np.unique(np.concatenate(part.places)))
+                    np.save(found, np.unique(np.concatenate([np.zeros(0, np.int64), *part.places])))
                 beside.append(FOUND)
             info |= {"documents": part.documents, "selected": part.selected, "rows": rows,
                      "reasons": dict(part.skipped.reasons),

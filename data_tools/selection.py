@@ -16,6 +16,8 @@ import numpy as np
 
 from data_tools.documents import BATCH, Corpus
 from data_tools.shared_work import STAGES, Workers
+from megatron_m3.config.checks import check_range
+from megatron_m3.config.schema import MAX_SEED
 from megatron_m3.errors import ConfigError, DataError
 from megatron_m3.manifest import BlockFolder, atomic_path, hash_file, map_block
 
@@ -39,6 +41,7 @@ class Select:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ConfigError(f"select.share={self.share}: must be over 0 and at most 1")
+        check_range("select", self, 0, MAX_SEED, "seed")
         if self.seed and self.share == 1:
             raise ConfigError(f"select.seed={self.seed}: changes nothing without --select.share")
 

@@ -37,22 +37,24 @@ class DeleteOptions:
 def main(argv: Sequence[str] | None = None) -> None:
     """Delete memories, and say how many."""
     options = parse(DeleteOptions, argv, "m3 bank delete", __doc__ or "")
-    from megatron_m3.references import ReferenceStore, parse_ids
+    from pathlib import Path
 
-    ids = parse_ids(options.ids)
     from megatron_m3.platform import select
 
     select()
     from megatron_m3.manifest import check_input, read_manifest
-    from megatron_m3.memory.bank import KIND, SCHEMA
+    from megatron_m3.memory.bank import KIND, SCHEMA, BankSettings
     from megatron_m3.memory.editing import delete_references
+    from megatron_m3.references import ReferenceStore, parse_ids
 
+    folder = Path(options.bank)
+    manifest = read_manifest(folder, KIND, SCHEMA)
     if options.document:
-        from pathlib import Path
-
-        references, folder = ReferenceStore.open(options.references), Path(options.bank)
-        check_input(folder, read_manifest(folder, KIND, SCHEMA), "references", references.hash)
+        references = ReferenceStore.open(options.references)
+        check_input(folder, manifest, "references", references.hash)
         ids = references.ids_of_document(options.document)
+    else:
+        ids = parse_ids(options.ids, below=BankSettings.from_dict(manifest.settings).num_references)
     print(delete_references(options.bank, ids))
 
 

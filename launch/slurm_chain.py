@@ -146,7 +146,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"{where}: must hold names and values")
+        raise ConfigError(f"{where}: must hold names and values; write NAME: VALUE lines, each name a text")
     return dict(value)
 
 

@@ -58,6 +58,20 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
     return "; ".join(dict.fromkeys(line for line in lines if not line.startswith("Try "))) or "no answer"
 
 
+def check_slurm() -> None:
+    """Check that jobs can be submitted.
+
+    Raises:
+        UnsupportedError: there is no Slurm here.
+        M3Error: no controller answers.
+    """
+    run_slurm("sbatch", "--version")
+    done = run_slurm("scontrol", "ping")
+    if " is UP" not in done.stdout:
+        said = done.stdout.partition("\n")[0] or complaint(done)
+        raise M3Error(f"scontrol ping: {said}; submit when Slurm's controller is up, or mend slurm.conf (SLURM_CONF)")
+
+
 def ask_slurm(job_id: str) -> list[Job]:
     """The job, or the elements of the array, with this number; none where Slurm has forgotten it.
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ckpt_convert.words import parse_words
 from launch.slurm_chain import ROOT, Chain, Step, load_chain
-from launch.slurm_jobs import Submitted, alone, complaint, jobs_of, read_state, run_slurm, write_state
+from launch.slurm_jobs import Submitted, alone, check_slurm, complaint, jobs_of, read_state, run_slurm, write_state
 from megatron_m3.errors import M3Error, exit_on_user_error
 from megatron_m3.manifest import atomic_path
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.dry_run:
         print("\n".join(f"# ---- {step.name}{_after(step)}\n{step.script}" for step in chain.steps))
         return
-    run_slurm("sbatch", "--version")
+    check_slurm()
     with alone(chain):
         outcomes = submit(chain)
     if options.json:

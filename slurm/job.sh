@@ -55,10 +55,10 @@ run() {
     done
     trap '' USR1 TERM
     ! is_over || exit "$status"
+    [ "$status" -ne "$MISTAKE" ] || exit 2
     [ -z "$leaving" ] || [ "$TIME_UP" = end ] || requeue "its time was nearly up"
     ! is_preempted || requeue "was preempted"
     [ "$status" -ne 0 ] || exit 0
-    [ "$status" -ne "$MISTAKE" ] || exit 2
     [ "$RETRY" = all ] || [ "$status" -gt 128 ] || exit "$status"
     failures="$(squeue --noheader --jobs="$JOB" --format=%k)"
     [[ "$failures" =~ ^[0-9]+$ ]] || failures=0

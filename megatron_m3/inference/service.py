@@ -172,6 +172,7 @@ class Service:
             if len(tickets) == 1:
                 self._refuse(tickets, self._blame(error))
                 return []
+        del batch  # and the room that its cache took
         for ticket, continuation in zip(tickets, again, strict=True):
             ticket.continuation = continuation
         return [one for ticket in tickets for one in self._read([ticket])]

@@ -7,6 +7,9 @@ Each step is the job `m3 data STEP` in a process of its own, from nothing to its
 added when it ends. Steps with a row are left out, so the same command goes on where a long run was stopped. A step
 needs the outputs of those before it, and makes them again where they were removed. The documents are short texts of
 WordNet entries, a tenth of which repeat an earlier one wholly, a tenth but for a word.
+
+A search costs each document more, the more references there are, so neighbours are those of the corpus' first block,
+some twenty thousand documents, in the index of all.
 """
 
 import argparse
@@ -31,6 +34,7 @@ ENTRIES = 7
 """Entries in a document: some 100 words."""
 POLL_SECONDS = 0.5
 """Between looks at how much of the disk a job takes."""
+FIRST_BLOCK = "block_000000.parquet"
 STEPS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "collect": ({"input": "raw.jsonl"}, ("--block-megabytes", "16")),
     "filter": ({"input": "collect"}, ()),
@@ -40,12 +44,15 @@ STEPS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "references": ({"input": "deduplicate", "tokenizer": "tokenizer"}, ()),
     "embed": ({"references": "references"}, ("--size", "256")),
     "index": ({"references": "references", "embeddings": "embed"}, ()),
-    "neighbours": ({"tokens": "tokenize", "tokenizer": "tokenizer", "references": "references", "index": "index"}, ()),
+    "part": ({"input": f"deduplicate/{FIRST_BLOCK}", "tokenizer": "tokenizer"}, ()),
+    "neighbours": ({"tokens": "part", "tokenizer": "tokenizer", "references": "references", "index": "index"}, ()),
 }
 """The steps in order: the options that name outputs of steps before, and further options.
 
 Blocks and parts are small, so that there are several of them long before a million documents.
 """
+JOBS = {"part": "tokenize"}
+"""The jobs of steps that are not called as their job is."""
 COLOURS = ("#2f6fb7", "#d9702b", "#2a9d62", "#8e5bb5", "#b33a3a", "#6b6b6b", "#c9a227", "#1f9e9e", "#d65f9c")
 
 
@@ -130,7 +137,10 @@ def run_step(step: str, folder: Path) -> dict[str, float]:
     sources, more = STEPS[step]
     shutil.rmtree(folder / step, ignore_errors=True)
     options = [text for name, source in sources.items() for text in (f"--{name}", str(folder / source))]
-    return measure(step, [*options, "--output", str(folder / step), *more], folder / step)
+    row = measure(JOBS.get(step, step), [*options, "--output", str(folder / step), *more], folder / step)
+    if step == "neighbours":
+        row["searched"] = json.loads((folder / "part" / "manifest.json").read_text())["info"]["documents"]
+    return row
 
 
 def make_sources(step: str, folder: Path, count: int) -> None:
@@ -139,9 +149,9 @@ def make_sources(step: str, folder: Path, count: int) -> None:
         if source == "raw.jsonl":
             if not (folder / source).exists():
                 write_raw(folder / source, count)
-        elif not (folder / source / "manifest.json").exists():
-            make_sources(source, folder, count)
-            run_step(source, folder)
+        elif not (folder / (before := source.removesuffix(f"/{FIRST_BLOCK}")) / "manifest.json").exists():
+            make_sources(before, folder, count)
+            run_step(before, folder)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -165,10 +175,14 @@ def grow(steps: Sequence[str], count: int, folder: Path, rows: Path) -> None:
         print(line_of(row), flush=True)
 
 
+def cost_of(row: dict[str, Any]) -> float:
+    """CPU milliseconds of a document that the step looks at."""
+    return float(1000 * row["cpu_seconds"] / row.get("searched", row["documents"]))
+
+
 def line_of(row: dict[str, Any]) -> str:
     """A row of the table."""
-    per_document = 1000 * row["cpu_seconds"] / row["documents"]
-    return (f"{row['step']:<14}{row['documents']:>11,}{row['cpu_seconds']:>10,.1f}{per_document:>10.3f}"
+    return (f"{row['step']:<14}{row['documents']:>11,}{row['cpu_seconds']:>10,.1f}{cost_of(row):>10.3f}"
             f"{row['peak_mib']:>10,.0f}{row['disk_mib']:>10,.0f}")
 
 
@@ -183,8 +197,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for colour, step in zip(COLOURS, steps, strict=False):
         mine = sorted((row for row in rows if row["step"] == step), key=lambda row: row["documents"])
         counts = [row["documents"] for row in mine]
-        each = [1000 * row["cpu_seconds"] / row["documents"] for row in mine]
-        time_axes.plot(counts, each, "o-", color=colour, markersize=4, label=step)
+        time_axes.plot(counts, [cost_of(row) for row in mine], "o-", color=colour, markersize=4, label=step)
         memory_axes.plot(counts, [row["peak_mib"] for row in mine], "o-", color=colour, markersize=4, label=step)
     for axes, title in ((time_axes, "CPU milliseconds a document"), (memory_axes, "largest resident memory, MiB")):
         axes.set(xscale="log", xlabel="documents", title=title)

@@ -98,6 +98,17 @@ def test_the_bytes_do_not_depend_on_the_workers_and_the_hash_does_on_the_selecti
             run(corpus, tmp_path / "alone", **other)
 
 
+@pytest.mark.parametrize("options", [{"share": 0.5}, {"ids": "d 1\nd 5"}])
+def test_a_part_of_the_corpus_without_a_document_is_no_hindrance(corpus, tmp_path, options):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"id": f"d {one}", "text": "It."}) for one in range(50)))
+    (folder / "b.jsonl").write_text(f"{'bad' * 500_000}\n")
+    (folder / "tokenizer").symlink_to(corpus / "tokenizer")
+    run(folder, tmp_path / "some", **options, block_megabytes=1)
+    assert (counts(tmp_path / "some")["documents"], counts(tmp_path / "some")["skipped"]) == (50, 1)
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"ids": "x 1\nx 2\nx 2"}, "no document has one of the 2 ids; the list has such as 'x 1', the corpus such as 'ä 0"),
     ({"ids": b"\xff\xfe\x00\n"}, "no document has one of the 1 ids"),
@@ -121,5 +132,9 @@ def test_selections_that_cannot_be_are_refused(tmp_path):
             Select(share=share)
     with pytest.raises(ConfigError, match=r"select\.seed=3: changes nothing without --select\.share"):
         Select(seed=3)
+    with pytest.raises(ConfigError, match=r"select\.seed=-1: must be from 0 to"):
+        Select(seed=-1, share=0.5)
+    with pytest.raises(ConfigError, match=r"select\.seed=9+: must be from 0 to"):
+        Select(seed=int("9" * 80), share=0.5)
     with pytest.raises(DataError, match=r"select\.ids=.*none: no such file"):
         Select(ids=str(tmp_path / "none")).inputs()

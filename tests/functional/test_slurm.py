@@ -55,6 +55,15 @@ esac
 """
 
 
+MISTAKEN = """\
+#!/usr/bin/env bash
+#SBATCH --requeue
+set -euo pipefail
+source slurm/job.sh
+run srun bash slurm/task.sh bash -c 'trap "exit 2" USR1; echo ready; while sleep 0.1; do :; done'
+"""
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """Its folder lies near the root, for a socket's path is short."""
@@ -153,6 +162,11 @@ def test_what_brings_a_job_back_and_what_ends_it(cluster, tmp_path):
     wait_until(lambda: cluster.log(job).count("ready") == 2, "no step")
     cluster.run("scancel", job)
     assert cluster.wait_for(job, "CANCELLED", "PENDING")["JobState"] == "CANCELLED"
+    (tmp_path / "mistaken.sh").write_text(MISTAKEN)
+    job = cluster.submit("--output", tmp_path / "mistaken", tmp_path / "mistaken.sh")
+    wait_until(lambda: "ready" in cluster.log(job), "no step")
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait_for(job, "FAILED", "PENDING")["ExitCode"] == "2:0", "a mistake comes back whenever it is tried"
 
 
 def test_a_chain_runs_once_over_two_nodes(cluster, chain):

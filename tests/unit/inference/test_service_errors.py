@@ -3,6 +3,7 @@
 import dataclasses
 import queue
 import threading
+import weakref
 
 import pytest
 import torch
@@ -201,6 +202,21 @@ def test_errors_of_ours_end_what_they_concern(asking, loaded, capsys):
     assert ended.reason == "length"
     assert "an error of its own" in failed.error, "the pass fails for all who run"
     assert alone(asking, good).text == expected
+
+
+def test_prompts_that_failed_together_leave_no_room_taken_while_each_is_read_alone(asking, loaded, engine, monkeypatch):
+    made, held, begin = [], [], engine.batch
+
+    def batch(ones):
+        held.append(sum(one() is not None for one in made))
+        new = begin(ones)
+        made.append(weakref.ref(new))
+        return new
+
+    monkeypatch.setattr(engine, "batch", batch)
+    good, huge = asking.ask(asking.ticket(prompts_of(loaded, [7])[0], new=2), asking.ticket([1 << 40]))
+    assert (good.reason, huge.reason) == ("length", "failed")
+    assert held == [0, 0, 1], "both, the good one alone beside nothing, the other beside it"
 
 
 class Lost(LoadedModel):

@@ -117,6 +117,8 @@ def test_deleting_needs_no_model_and_is_at_once(built, edited, folder, run, refe
     assert np.flatnonzero(is_empty(open_bank(bank, check=True).read(range(400)))).tolist() == [5, 11, 100, 101, 102]
     with pytest.raises(DataError, match="no reference is of a document 'x'"):
         main([*whole, "x"])
+    with pytest.raises(DataError, match="there is no reference 400, ids are 0-399"):
+        main(["bank", "delete", "--bank", str(bank), "--ids", "3-400"])
     with pytest.raises(DataError, match="reference 400 is not in 0-399"):
         delete(bank, [3, 400])
     update(bank, edited, run)

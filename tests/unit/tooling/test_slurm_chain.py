@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from launch.slurm_chain import ROOT, SCRIPTS, load_chain, render
 from launch.slurm_jobs import Job, Submitted, complaint, joint_state, read_state, run_slurm, write_state
 from launch.slurm_status import explain, last_line
 from launch.slurm_submit import main
-from megatron_m3.errors import ArtifactError, ConfigError, UnsupportedError
+from megatron_m3.errors import ArtifactError, ConfigError, M3Error, UnsupportedError
 
 CHAIN = """\
 name: small
@@ -98,6 +99,7 @@ def test_what_is_made_is_known_by_its_manifest_or_its_file(path: Path, tmp_path:
     (('"two words"', '"two words'), r"steps\.second\.run: No closing quotation"),
     (("array:", "after: [second], array:"), "wait for each other"),
     (("makes: run/", "makes: run/{element}"), r"steps\.second\.makes: \{element\} is not a variable"),
+    (("slurm: {time: 60", "slurm: 60 #"), r"steps\.second\.slurm: must hold names and values; write NAME: VALUE"),
     (("variables: {", "variables: {element: x, "), r"variables\.element: is the word of an array's element"),
 ])
 def test_mistakes_are_told_with_their_place(change: tuple[str, str], message: str, tmp_path: Path) -> None:
@@ -121,6 +123,18 @@ def test_without_steps_or_slurm_nothing_is_written(path: Path, tmp_path: Path, m
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UnsupportedError, match="sbatch: not found; run this on a machine from which"):
         main([str(write(tmp_path, CHAIN.format(first=FIRST))), "--set", f"output={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="Slurm is not installed: make slurm-packages")
+def test_a_controller_that_is_down_is_told_before_a_job_is_submitted(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slurm.conf").write_text("ClusterName=x\nSlurmctldHost=x(127.0.0.1)\nSlurmctldPort=1\n"
+                                         "NodeName=n1\nPartitionName=p Nodes=n1\n")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    with pytest.raises(M3Error, match=r"^scontrol ping: .* DOWN; submit when Slurm's controller is up, or .*$"):
+        main([str(path), "--set", f"output={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
 
 
