@@ -15,6 +15,8 @@ CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda-13.0 /usr/local/cuda-13 /usr
 BUILD_TE = nvidia=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia; \
 	CUDA_HOME=$(CUDA_HOME) CPATH=$$nvidia/cu13/include:$$nvidia/cudnn/include:$$nvidia/nccl/include \
 	NVTE_PYTORCH_FORCE_BUILD=TRUE
+NEED_TOOLKIT = test -d "$(CUDA_HOME)" || { echo "error: no CUDA toolkit: set CUDA_HOME to the folder of CUDA 13.0," \
+	"whose compiler transformer-engine-torch needs, or copy wheels/ that make gpu-wheels filled elsewhere" >&2; exit 2; }
 # Benchmarks that make gpu-check runs.
 CARD_BENCHMARKS := bench_attention bench_kernels bench_card_training bench_card_generation
 
@@ -47,16 +49,20 @@ test: setup ## run all tests
 	$(PYTHON) -m pytest -m alone
 
 gpu-wheels: setup ## fill wheels/ for a machine with a CUDA card and no network; goes on where it was cut off
+	@$(NEED_TOOLKIT)
 	@echo "downloads about 5 GB and compiles transformer-engine-torch with $(CUDA_HOME), 12 minutes on two cores"
 	$(BUILD_TE) $(PYTHON) -m tests.gpu.fill_wheels $(WHEELS)
 
 gpu-setup: $(VENV)/.gpu-ready ## Transformer Engine and faiss-gpu, from wheels/ where it is filled, else from the registries
 
+# Where this fails, the venv counts as not set up: make setup then brings faiss-cpu back.
 $(VENV)/.gpu-ready: $(READY) requirements-gpu.txt
+	@test -e $(WHEELS)/complete || $(NEED_TOOLKIT)
+	@rm -f $(READY)
 	$(PYTHON) -m pip uninstall --quiet --yes faiss-cpu faiss-gpu
 	$(BUILD_TE) $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		-r requirements-gpu.txt
-	@touch $@
+	@touch $(READY) $@
 
 # Target-specific variables reach setup too, so with a filled folder no registry is asked for anything.
 ifneq ($(wildcard $(WHEELS)/complete),)

@@ -13,6 +13,11 @@ def held_layers(config: Config) -> list[int]:
     return counts
 
 
+def most_kept_tokens(config: Config) -> int:
+    """Tokens kept of a full reference in the step of a run that keeps most."""
+    return config.memory.reference_length if config.memory.curriculum else config.memory.num_kept_tokens
+
+
 def memory_bytes(config: Config, num_kept: int, layers: int) -> int:
     """Bytes of one memory in ``layers`` memory layers of a process: keys, values, and which tokens are real."""
     numbers = 2 * config.model.num_kv_heads // config.parallel.tensor * config.model.head_size

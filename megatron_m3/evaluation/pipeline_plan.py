@@ -6,7 +6,7 @@ from itertools import accumulate, groupby
 
 from megatron_m3.config import Config, stage_layers
 from megatron_m3.config.pipeline_time import PipelineTime, most_held, pipeline_time
-from megatron_m3.config.reuse import held_layers, memory_bytes, num_slots
+from megatron_m3.config.reuse import held_layers, memory_bytes, most_kept_tokens, num_slots
 from megatron_m3.config.split import chunk_costs, even_layers, part_costs
 from megatron_m3.errors import ConfigError
 from megatron_m3.evaluation.cost import TFLOP, columns, format_bytes
@@ -114,7 +114,7 @@ def _stage(config: Config, split: Sequence[int], stage: int, time: PipelineTime,
 def _held_bytes(config: Config, stage: int, data_size: int) -> int:
     if not config.reuses_memories:
         return 0
-    kept = config.memory.num_kept_tokens
+    kept = most_kept_tokens(config)
     return num_slots(config, kept, data_size) * memory_bytes(config, kept, held_layers(config)[stage])
 
 
@@ -136,19 +136,22 @@ def _parameters(config: Config, layers: Sequence[int], stage: int) -> tuple[int,
 def layer_activation_bytes(config: Config, layer: int) -> int:
     """What one layer keeps of one sequence for its backward pass, on one process, if it is not recomputed.
 
-    For each token: input and output of both norms; query, key and value, repeated for the query heads, and what they
-    give, twice where the parts of a joint sequence are put together; gate and up projections, and their product. A
-    memory layer also keeps what it chose keys and values from. Norms and SwiGLU are taken to be one kernel each, as on
-    CUDA; made of parts, as on the CPU, they keep another copy or two.
+    For each token: input and output of both norms; query, key and value, repeated for the query heads where no memories
+    are read, and what they give, twice where the parts of a joint sequence are put together; gate and up projections,
+    and their product. A memory layer also keeps what it chose keys and values from. Norms and SwiGLU are taken to be
+    one kernel each, as on CUDA; made of parts, as on the CPU, they keep another copy or two.
     """
     model, ranks = config.model, config.parallel.tensor
     residual = model.hidden_size // (ranks if config.parallel.sequence else 1)
     query, key = (heads * model.head_size // ranks for heads in (model.num_heads, model.num_kv_heads))
     trunk, references = config.data.sequence_length, _reference_tokens(config, layer)
-    token = 4 * residual + (5 if references else 4) * query + 3 * model.ffn_size // ranks
     # of references the last memory layer makes keys and values, no more
-    numbers = trunk * token + references * (token if layer < config.memory_layers[-1] else 2 * residual)
-    if config.training.stage == "continual" and layer in config.memory_layers:
+    joint = references > 0 and layer < config.memory_layers[-1]
+    reads = config.training.stage == "continual" and layer in config.memory_layers
+    token = 4 * residual + joint * query + 3 * model.ffn_size // ranks
+    numbers = trunk * (token + (1 if reads else 4) * query)
+    numbers += references * (token + 4 * query if joint else 2 * residual)
+    if reads:
         numbers += (trunk + references) * (query + 2 * key) + references * key
     return _number_bytes(config) * numbers
 

@@ -30,6 +30,8 @@ class Engine:
     ) -> None:
         """Without ``retriever`` and ``source`` there is no prefix either, and positions count from 0.
 
+        The weights must not change from now on: on the CPU they are copied (see :func:`.linear.frozen_linear`).
+
         ``max_overlap`` drops references that overlap more than this with the prompt (eq. 6; 2/3 in evaluations).
         ``prefetch_tokens`` before a generated chunk ends, its text begins to bring what it may read; 0 waits for the
         end. What is generated does not depend on it.

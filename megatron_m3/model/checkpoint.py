@@ -42,7 +42,7 @@ class ModelDescription:
     """What a checkpoint says of its model, without the weights."""
 
     config: Config
-    """Settings it was trained with; of a loaded model, parallel and dtype are those it was loaded with."""
+    """Settings it was trained with; of a loaded model parallel and dtype are those of loading, attention is auto."""
     tokenizer: "Tokenizer"
     """The tokenizer it was trained with."""
     weights_hash: str
@@ -269,9 +269,10 @@ def load_model(folder: Path, *, tensor: int = 1, pipeline: int = 1,
     settings = read_checkpoint(folder).settings
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     config = from_dict(Config, settings["config"])
-    # nothing is trained here, so stages of frozen layers are as good as others, and generation takes local modules
+    # nothing is trained here, so stages of frozen layers are as good as others, and generation takes local modules; and
+    # this may be another device
     training = replace(config.training, frozen_layers=0, transformer_impl="local")
-    config = replace(config, parallel=parallel, training=training)
+    config = replace(config, parallel=parallel, training=training, model=replace(config.model, attention="auto"))
     tokenizer = Tokenizer.load(folder / "tokenizer")
     if not parallel_state.model_parallel_is_initialized():
         initialize_parallel(config.parallel, config.training.seed)

@@ -39,11 +39,15 @@ def trunk_positions(prefix_length: int, reference_length: int, context_length: i
 
 
 def _rope_table(layout: "JointLayout", head: int, device: torch.device, dtype: torch.dtype) -> Table:
-    """Cosines and sines of every row, after ``head`` rows of references; the same in every layer, so kept."""
-    length = layout.config.memory.reference_length
-    return _table(
-        layout.config.model, layout.prefix_length, length, layout.context_length, head // length, device, dtype
-    )
+    """Cosines and sines of every row, after ``head`` rows of references: the end of a table with as many as may be.
+
+    That is the same in every layer and pass, so it is kept.
+    """
+    length, rows = layout.config.memory.reference_length, head + layout.prefix_length + layout.context_length
+    most = max(head // length, layout.config.num_references)
+    cosine, sine = _table(
+        layout.config.model, layout.prefix_length, length, layout.context_length, most, device, dtype)
+    return cosine[len(cosine) - rows :], sine[len(sine) - rows :]
 
 
 @functools.lru_cache(maxsize=16)

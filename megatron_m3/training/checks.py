@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_m3.config import Config
-from megatron_m3.config.reuse import held_layers, memory_bytes
+from megatron_m3.config.reuse import held_layers, memory_bytes, most_kept_tokens
 from megatron_m3.errors import ConfigError
 from megatron_m3.platform.distributed import check_world_size
 
@@ -35,8 +35,7 @@ def check_run(config: Config, world_size: int) -> None:
 
 def _check_room(config: Config) -> None:
     """Refuse a table of held memories without room for one, beside the slot of those that find none."""
-    kept = config.memory.reference_length if config.memory.curriculum else config.memory.num_kept_tokens
-    size = max(memory_bytes(config, kept, layers) for layers in held_layers(config))
+    size = memory_bytes(config, most_kept_tokens(config), max(held_layers(config)))
     if config.training.reuse_bytes < 2 * size:
         raise ConfigError(
             f"training.reuse_bytes={config.training.reuse_bytes}: must be at least {2 * size}, two memories of "

@@ -35,9 +35,9 @@ def step_line(record: dict[str, Any]) -> str:
     )
 
 
-PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312,
-         "B200": 2250, "B100": 1750}
-"""TFLOP/s of cards in dense bf16 products, as their maker says; the first name that fits a card counts."""
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "H800": 989,
+         "A100": 312, "A800": 312, "B200": 2250, "B100": 1750}
+"""TFLOP/s of cards in dense bf16 products, as their maker says; the first of which a card has all words counts."""
 
 
 def peak_tflops(device: "torch.device", dtype: "torch.dtype") -> float:
@@ -53,7 +53,8 @@ def peak_tflops(device: "torch.device", dtype: "torch.dtype") -> float:
 
 def known_peak(card: str) -> float | None:
     """TFLOP/s in :data:`PEAKS` of a card that calls itself ``card``; None where it is not there."""
-    return next((float(peak) for name, peak in PEAKS.items() if all(word in card for word in name.split())), None)
+    words = set(card.replace("-", " ").split())
+    return next((float(peak) for name, peak in PEAKS.items() if words.issuperset(name.split())), None)
 
 
 def measure_peak_tflops(device: "torch.device", dtype: "torch.dtype", seconds: float = 0.3) -> float:

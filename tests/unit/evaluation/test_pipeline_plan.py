@@ -86,6 +86,16 @@ def test_recomputation_holds_less_and_parallelism_shares() -> None:
     assert plans[2].optimizer_bytes == pytest.approx(plans[0].optimizer_bytes, rel=1e-3), "4 times the data processes"
 
 
+def test_held_memories_are_those_of_all_tokens_where_a_curriculum_begins_with_them() -> None:
+    few = changed(training__reuse_memories="2", training__global_batch="3")
+    many = replace(few, memory=replace(few.memory, curriculum=0.5))
+    held, most = (pipeline_plan(config, 1).stages[0].held_bytes for config in (few, many))
+    slots, memory = 2 * 3 * few.num_references + 1, few.memory
+    token = 2 * few.model.num_kv_heads * few.model.head_size * 4 + 1
+    assert held == slots * len(few.memory_layers) * memory.num_kept_tokens * token
+    assert most == slots * len(few.memory_layers) * memory.reference_length * token
+
+
 def test_command_prints_the_plan_and_what_to_change(capsys) -> None:
     main(EVEN)
     text = capsys.readouterr().out

@@ -57,7 +57,8 @@ def test_peak_is_measured_where_it_is_not_known():
 
 @pytest.mark.parametrize(("card", "peak"), [
     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA B200", 2250), ("Tesla T4", None),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA B200", 2250), ("Tesla T4", None), ("NVIDIA GH200 480GB", 989),
+    ("NVIDIA H200 NVL", 835), ("NVIDIA RTX A1000", None),
 ])
 def test_peaks_of_cards_are_their_makers(card, peak):
     assert known_peak(card) == peak
