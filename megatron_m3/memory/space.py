@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_m3.errors import M3Error
 from megatron_m3.manifest import Manifest
+from megatron_m3.manifest.blocks import CHECK
 from megatron_m3.memory.bank import CODEC, KIND, SCHEMA, BankSettings, ShardFolder, shard_name
 from megatron_m3.memory.codecs import codec_file_bytes
 
@@ -80,7 +81,7 @@ def check_space(space: BankSpace) -> None:
 def _text_bytes(settings: BankSettings, job: Mapping[str, Any]) -> tuple[int, int, int]:
     """Bytes of a shard's own record, of its entry in the manifest, and of the rest of the manifest."""
     sizes = {"bytes": settings.block_size * settings.record.record_bytes, "sha256": "0" * 64}
-    record = len(json.dumps(sizes | {"info": {}})) + 1
+    record = len(json.dumps(sizes | {"info": {}, CHECK: "0" * 64})) + 1
     entry = len(json.dumps({"files": {shard_name(0): sizes}}, indent=1)) - len(json.dumps({"files": {}}, indent=1))
     manifest = Manifest(kind=KIND, schema=SCHEMA, inputs=job["inputs"] | {"codec": "0" * 64},
                         settings=settings.to_dict(), files={})
