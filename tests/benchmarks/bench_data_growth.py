@@ -208,7 +208,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     time_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     time_axes.yaxis.set_major_formatter("{x:g}")
     memory_axes.set_ylim(bottom=0)
-    time_axes.legend(fontsize=8, frameon=False)
+    memory_axes.legend(fontsize=8, frameon=False, loc="upper left")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
