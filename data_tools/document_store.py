@@ -20,6 +20,7 @@ from megatron_m3.manifest import (
     Manifest,
     atomic_path,
     check_files,
+    clear_half_written,
     is_finished,
     read_manifest,
     write_manifest,
@@ -35,6 +36,11 @@ GROUP_BYTES = 16 << 20
 """Text in a row group: what a reader holds at a time."""
 
 
+def dropped_name(index: int) -> str:
+    """File name of the list of what block ``index`` left out."""
+    return f"block_{index:06d}.jsonl"
+
+
 class DocumentFolder(BlockFolder):
     """Documents being written, block by block."""
 
@@ -47,7 +53,7 @@ class DocumentFolder(BlockFolder):
         """A writer of block ``index``; the block, its record and its list of drops are there when the `with` ends."""
         info: dict[str, Any] = {}
         with self.writing(index, info) as path:
-            with (atomic_path(self.folder / DROPPED / f"block_{index:06d}.jsonl") as aside,
+            with (atomic_path(self.folder / DROPPED / dropped_name(index)) as aside,
                   aside.open("w", encoding="utf-8", errors="backslashreplace") as dropped):  # names of files may be any
                 writer = BlockWriter(path, columns, dropped)
                 yield writer
@@ -59,6 +65,7 @@ class DocumentFolder(BlockFolder):
     ) -> dict[str, Any]:
         """Write ``counts.json`` and the manifest; return the counts: came in, kept, dropped, and why."""
         blocks = list(self.info(num_blocks))
+        clear_half_written(self.folder / DROPPED, set(map(dropped_name, range(num_blocks))))
         reasons = sum((Counter(block["reasons"]) for block in blocks), Counter[str]())
         kept, dropped = sum(block["documents"] for block in blocks), reasons.total()
         counts = {"came in": kept + dropped, "documents": kept, "dropped": dropped,
