@@ -119,8 +119,7 @@ def milliseconds(work: Callable[[], object], rounds: int = 50) -> tuple[float, f
             end.record()
         torch.cuda.synchronize()
         times = torch.tensor([start.elapsed_time(end) for start, end in events])
-    low, middle, high = times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return low, middle, high
+    return results.spread(times)
 
 
 def both_ways(forward: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> Iterator[tuple[str, tuple]]:

@@ -60,21 +60,16 @@ def rows(times: dict[str, list[float]], size: tuple[int, int]) -> list[dict[str,
     calls += [("against text", "references as text", "references as text", "floor"),
               ("against text", "references as text", "recall", "recall")]
     for direction, floor, name, what in calls:
-        low, half, high = torch.tensor(times[name]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        low, half, high = results.spread(times[name])
         made.append({"shape": "m3-0.9b", "batch": size[0], "tokens": 2 * size[1], "what": what, "pass": direction,
                      "p20_ms": round(low, 2), "p50_ms": round(half, 2), "p80_ms": round(high, 2),
-                     "ratio": round(half / float(torch.tensor(times[floor]).quantile(0.5)), 3)})
+                     "ratio": round(half / results.spread(times[floor])[1], 3)})
     return made
 
 
 def main() -> None:
     """Print times and ratios to the floors; exit with 1 where a limit is missed."""
-    dry = "--dry" in sys.argv
-    if not dry and not torch.cuda.is_available():
-        print("this is timed on a CUDA device; there is none (--dry goes the same way without one)")
-        return
-    if dry and "--record" in sys.argv:
-        sys.exit("error: --dry has nothing to record")
+    dry = results.dry_run()
     with tempfile.TemporaryDirectory() as name:
         initialize_parallel(ParallelConfig(), seed=1)
         times, size = measure(Path(name), dry)

@@ -86,12 +86,11 @@ def measure(dry: bool) -> tuple[dict[str, list[float]], dict[str, float], Config
 
 def rows(times: dict[str, list[float]], flops: dict[str, float], warmup: Config, peak: float) -> list[dict[str, Any]]:
     """Two rows for each kind of step: its floor, and the step."""
-    middle = {name: float(torch.tensor(found).quantile(0.5)) for name, found in times.items()}
+    middle = {name: results.spread(found)[1] for name, found in times.items()}
     made = []
     for name, found in times.items():
         floor = flops[name] / peak / 1e9 if name == "warmup" else middle["warmup"] * flops[name] / flops["warmup"]
-        three = torch.tensor(found).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        for what, (low, half, high) in (("floor", (floor,) * 3), ("step", three)):
+        for what, (low, half, high) in (("floor", (floor,) * 3), ("step", results.spread(found))):
             made.append({"shape": "m3-0.9b", "batch": warmup.training.global_batch,
                          "tokens": warmup.data.sequence_length, "what": what, "pass": name, "p20_ms": round(low, 2),
                          "p50_ms": round(half, 2), "p80_ms": round(high, 2), "ratio": round(half / floor, 3)})
@@ -100,12 +99,7 @@ def rows(times: dict[str, list[float]], flops: dict[str, float], warmup: Config,
 
 def main() -> None:
     """Print times and ratios to the floors; exit with 1 where a limit is missed."""
-    dry = "--dry" in sys.argv
-    if not dry and not torch.cuda.is_available():
-        print("these steps are timed on a CUDA device; there is none (--dry goes the same way without one)")
-        return
-    if dry and "--record" in sys.argv:
-        sys.exit("error: --dry has nothing to record")
+    dry = results.dry_run()
     device = select().device
     from megatron_m3.training.metrics import peak_tflops
 

@@ -36,6 +36,23 @@ def _version(package: str) -> str:
         return ""
 
 
+def dry_run() -> bool:
+    """Whether ``--dry`` asks to go the same way on any machine; ends the process where neither that nor a card is."""
+    dry = "--dry" in sys.argv
+    if not dry and not torch.cuda.is_available():
+        print("this is timed on a CUDA device; there is none (--dry goes the same way without one)")
+        sys.exit()
+    if dry and "--record" in sys.argv:
+        sys.exit("error: --dry has nothing to record")
+    return dry
+
+
+def spread(times: "torch.Tensor | Sequence[float]") -> tuple[float, float, float]:
+    """Times at 20, 50 and 80 %."""
+    low, middle, high = torch.as_tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    return low, middle, high
+
+
 def append(benchmark: str, rows: Iterable[Mapping[str, object]], path: Path = FILE) -> None:
     """Add rows measured now on this machine's card to the file."""
     here = {
