@@ -60,12 +60,16 @@ class DocumentFolder(BlockFolder):
                 writer.close()
             info |= writer.info()
 
+    def clear_half_written(self, num_blocks: int) -> None:
+        """See :class:`BlockFolder`; the lists of drops too."""
+        super().clear_half_written(num_blocks)
+        clear_half_written(self.folder / DROPPED, set(map(dropped_name, range(num_blocks))))
+
     def finish(
         self, num_blocks: int, inputs: dict[str, str], settings: dict[str, Any], more: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """Write ``counts.json`` and the manifest; return the counts: came in, kept, dropped, and why."""
         blocks = list(self.info(num_blocks))
-        clear_half_written(self.folder / DROPPED, set(map(dropped_name, range(num_blocks))))
         reasons = sum((Counter(block["reasons"]) for block in blocks), Counter[str]())
         kept, dropped = sum(block["documents"] for block in blocks), reasons.total()
         counts = {"came in": kept + dropped, "documents": kept, "dropped": dropped,

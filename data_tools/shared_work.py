@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from megatron_m3.errors import ArtifactError, ConfigError, M3Error
-from megatron_m3.manifest import BlockFolder, clear_half_written
+from megatron_m3.manifest import BlockFolder
 from megatron_m3.manifest.claims import CLAIMS, Claims
 
 POLL_SECONDS = 0.2
@@ -148,8 +148,7 @@ class Workers:
             for index in self._share(folder, len(sizes), do):
                 progress.advance(sizes[index] if index in missing else 0)
                 missing.discard(index)
-        blocks = [folder.name(index) for index in range(len(sizes))]
-        clear_half_written(folder.folder, {*blocks, *(str(Path(name).with_suffix(".json")) for name in blocks)})
+        folder.clear_half_written(len(sizes))
 
     def _share(self, folder: BlockFolder, num_blocks: int, do: Do) -> Iterator[int]:
         if self.pool is None:

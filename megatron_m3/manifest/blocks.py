@@ -15,7 +15,14 @@ import numpy as np
 from safetensors.numpy import save
 
 from megatron_m3.errors import ArtifactError
-from megatron_m3.manifest.manifest import Manifest, atomic_path, check_files, hash_file, hash_json
+from megatron_m3.manifest.manifest import (
+    Manifest,
+    atomic_path,
+    check_files,
+    clear_half_written,
+    hash_file,
+    hash_json,
+)
 
 JOB = "job.json"
 DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
@@ -172,6 +179,11 @@ class BlockFolder:
     def discard(self, index: int) -> None:
         """Let block ``index`` count as not written: its record goes, and with it what :meth:`done` says."""
         (self.folder / self.name(index)).with_suffix(".json").unlink(missing_ok=True)
+
+    def clear_half_written(self, num_blocks: int) -> None:
+        """Remove what killed processes left of blocks, all of which are written now."""
+        blocks = [self.name(index) for index in range(num_blocks)]
+        clear_half_written(self.folder, {*blocks, *(str(Path(name).with_suffix(".json")) for name in blocks)})
 
     def missing(self, num_blocks: int) -> list[int]:
         """Blocks that are still to be written."""
