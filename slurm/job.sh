@@ -35,7 +35,7 @@ is_over() {
 is_preempted() {
     local preempted
     preempted="$(job_field PreemptTime)"
-    [[ "$preempted" == 2* && "$preempted" > "$(job_field StartTime)" ]]
+    [[ "$preempted" == 2* && ! "$preempted" < "$(job_field StartTime)" ]] # it may begin and be preempted in one second
 }
 
 requeue() {

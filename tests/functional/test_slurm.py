@@ -36,7 +36,7 @@ LEAVES_AND_COMES_BACK = """\
 set -euo pipefail
 source slurm/job.sh
 if [ -n "${SLURM_RESTART_COUNT:-}" ]; then echo came back; exit; fi
-run srun bash -c 'trap "echo saved and left; exit" USR1; while sleep 0.1; do :; done'
+run srun bash -c 'trap "echo saved and left; exit" USR1; while :; do sleep 0.1; done'
 """
 
 LIVES = """\
@@ -48,7 +48,7 @@ LIVES = """\
 set -euo pipefail
 source slurm/job.sh
 case "${SLURM_RESTART_COUNT:-0}" in
-    0) run srun bash -c 'trap "sleep 0.5; echo saved; exit" TERM; echo ready; while sleep 0.1; do :; done' ;;
+    0) run srun bash -c 'trap "sleep 0.5; echo saved; exit" TERM; echo ready; while :; do sleep 0.1; done' ;;
     1) run srun bash -c 'kill -KILL $$' ;;
     2) run srun --kill-on-bad-exit=1 bash slurm/task.sh bash -c 'exec >&2; [ $SLURM_NODEID = 1 ] && exit 2; sleep 60' ;;
 esac
@@ -60,7 +60,7 @@ MISTAKEN = """\
 #SBATCH --requeue
 set -euo pipefail
 source slurm/job.sh
-run srun bash slurm/task.sh bash -c 'trap "exit 2" USR1; echo ready; while sleep 0.1; do :; done'
+run srun bash slurm/task.sh bash -c 'trap "exit 2" USR1; echo ready; while :; do sleep 0.1; done'
 """
 
 
