@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import requests
@@ -29,7 +30,7 @@ CLIENTS, BATCH, PROMPT, NEW, ROUNDS = (1, 8), 8, 128, 128, 3
 def ask(address: str, prompt: list[int], stream: bool) -> int:
     """Tokens of one completion."""
     body = {"prompt": prompt, "max_tokens": NEW, "temperature": 0, "stream": stream,
-            "stream_options": {"include_usage": True}}
+            "stream_options": {"include_usage": True} if stream else None}
     answer = requests.post(f"{address}/v1/completions", json=body, timeout=600, stream=stream)
     answer.raise_for_status()
     last = answer.json() if not stream else json.loads([line for line in answer.iter_lines() if line][-2][6:])
@@ -54,7 +55,7 @@ def best(work: Callable[[], int]) -> tuple[float, float]:
 
 def main() -> None:
     """Build everything in a temporary folder and print both ratios for each number of clients."""
-    with tempfile.TemporaryDirectory() as name, bind("127.0.0.1", 0) as listener:
+    with tempfile.TemporaryDirectory() as name, bind("127.0.0.1", 0) as listener, ExitStack() as leaving:
         folder = Path(name)
         initialize_parallel(ParallelConfig(), seed=1)
         from megatron_m3.inference.metrics import Metrics
@@ -68,9 +69,11 @@ def main() -> None:
         listener.listen()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
+        leaving.callback(thread.join)
+        leaving.callback(server.leave)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        clients = subprocess.Popen([sys.executable, "-m", __spec__.name, address], text=True, stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE)
+        clients = leaving.enter_context(subprocess.Popen([sys.executable, "-m", __spec__.name, address], text=True,
+                                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         prompts = prompts_of(folder, serving.engine, PROMPT, 0)
 
         def bare(count: int) -> int:
@@ -93,11 +96,7 @@ def main() -> None:
             floor_wall, floor_cpu = found[0]
             for way, (wall, cpu) in zip(ways, found, strict=True):
                 print(f"{count} x {way:<18}{wall:>10.1f}{wall / floor_wall:>8.3f}{cpu:>14.1f}{cpu / floor_cpu:>8.3f}")
-        clients.stdin.close()
-        clients.wait()
-        server.leave()
-        thread.join()
-        shut_down()
+    shut_down()
 
 
 if __name__ == "__main__":
