@@ -64,13 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     select()
     from megatron_m3.inference.generation import Statistics
-    from megatron_m3.inference.sampling import Sampling
+    from megatron_m3.inference.sampling import Sampling, draws
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     prompts = [options.prompt] if options.prompt is not None else read_prompts(Path(options.input))
     engine, total, results = build_engine(options), Statistics(), []
+    drawn = draws(sampling, engine.loaded.tokenizer.encode_batch(prompts))
     for first in range(0, len(prompts), options.batch):
-        found, statistics = engine.generate(prompts[first : first + options.batch], options.max_new_tokens, sampling)
+        part = slice(first, first + options.batch)
+        found, statistics = engine.generate(prompts[part], options.max_new_tokens, drawn[part])
         total.add(statistics)
         results += found
         if not options.json:
@@ -94,7 +96,7 @@ def read_prompts(path: Path) -> list[str]:
     for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
         if raw.strip():
             try:
-                prompt = json.loads(raw.decode("utf-8"))["prompt"]
+                prompt = json.loads(raw.decode("utf-8-sig"))["prompt"]
                 prompt.encode("utf-8")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise DataError(f'{path}, line {number}: not {{"prompt": "..."}} in UTF-8; mend the line') from None

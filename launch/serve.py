@@ -48,15 +48,15 @@ class ServeOptions(EngineOptions):
     context: int = 0
     """Tokens of a prompt and its completion; 0 takes what the model was made for."""
     leave_seconds: int = 60
-    """Asked to end, requests that take longer than this are cut off."""
+    """Asked to end, requests that take longer than this get status 503."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("batch", "queue", "leave_seconds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.context < 0:
-            raise ConfigError(f"context={self.context}: must be 0 (the model's) or more")
+        if self.context < 0 or self.context == 1:
+            raise ConfigError(f"context={self.context}: must be 0 (the model's) or at least 2, BOS and a token")
         if self.address_file and Path(self.address_file).is_dir():
             raise ConfigError(f"address_file={self.address_file}: is a folder; give a file")
         if not 0 <= self.port < 1 << 16:

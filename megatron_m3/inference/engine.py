@@ -13,7 +13,7 @@ from megatron_m3.inference.decoder import Decoder
 from megatron_m3.inference.forward import local_kv_heads, restricted_heads
 from megatron_m3.inference.generation import Continuation, Generation, Statistics
 from megatron_m3.inference.recall import Recall
-from megatron_m3.inference.sampling import Sampling, draws
+from megatron_m3.inference.sampling import Draw, Sampling, draws
 from megatron_m3.model.checkpoint import LoadedModel
 
 if TYPE_CHECKING:
@@ -57,14 +57,20 @@ class Engine:
             )
 
     def generate(
-        self, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling | None = None, *, stop_at_eos: bool = True
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        sampling: Sampling | Sequence[Draw] | None = None,
+        *,
+        stop_at_eos: bool = True,
     ) -> tuple[list[Generation], Statistics]:
         """Continue every prompt, together as one batch.
 
         Args:
             prompts: texts; they may differ in length and may be empty.
             max_new_tokens: tokens after which a sequence ends, if EOS does not end it before.
-            sampling: greedy if not given.
+            sampling: greedy if not given; one :class:`Draw` a prompt where they are a part of those that
+                :func:`draws` was given.
             stop_at_eos: False goes on behind EOS, to the limit.
 
         Returns:
@@ -79,7 +85,7 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Sequence[Draw] | None = None,
         *,
         stop_at_eos: bool = True,
     ) -> tuple[list[Generation], Statistics]:
@@ -90,8 +96,9 @@ class Engine:
             return [], Statistics()
         started = time.perf_counter()
         counts = replace(self.recall.source.counts) if self.recall else None
+        drawn = sampling if isinstance(sampling, Sequence) else draws(sampling or Sampling(), prompts)
         continuations = [Continuation(prompt=list(prompt), max_new_tokens=max_new_tokens, draw=draw)
-                         for prompt, draw in zip(prompts, draws(sampling or Sampling(), prompts), strict=True)]
+                         for prompt, draw in zip(prompts, drawn, strict=True)]
         batch = self.batch(continuations, stop_at_eos=stop_at_eos)
         batch.prefill()
         while batch.goes_on:

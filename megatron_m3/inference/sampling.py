@@ -1,5 +1,6 @@
 """The next token of every sequence: greedy, or drawn from a random stream that each prompt has to itself."""
 
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ class Sampling:
     """Random stream; a prompt's tokens depend on it and on the prompt, never on its batch."""
 
     def __post_init__(self) -> None:
-        if self.temperature != 0.0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
+        if self.temperature != 0.0 and not MIN_TEMPERATURE <= self.temperature <= sys.float_info.max:
             raise ConfigError(f"temperature={self.temperature}: must be 0 (greedy) or at least {MIN_TEMPERATURE}")
         if self.top_k < 0:
             raise ConfigError(f"top_k={self.top_k}: must be 0 (all tokens) or more")
@@ -81,7 +82,7 @@ def _choose_alike(logits_BV: Tensor, draw_of: Sequence[Draw]) -> Tensor:
         # the CPU has a fast argmax for fp32 alone
         token_B = logits_BV.float().argmax(-1)
         return token_B.where(logits_BV.gather(-1, token_B[:, None])[:, 0].isfinite(), -1)
-    whole_BV = (logits_BV.double() / sampling.temperature).softmax(-1)
+    whole_BV = (logits_BV.double() / float(sampling.temperature)).softmax(-1)
     probability_BV, token_BV = whole_BV.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         probability_BV[:, sampling.top_k :] = 0

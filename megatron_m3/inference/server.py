@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Generator
@@ -26,24 +27,34 @@ from megatron_m3.inference.writer import Writer
 MAX_BODY_BYTES = 1 << 24
 BODY_SECONDS = 30.0
 """A request has a place from its first byte on, so its body may not take longer."""
+CUT_SECONDS = 5
+"""A connection that is still there, so long after its request was told that the server leaves, is cut."""
 REPORT_SECONDS = 60.0
 GONE = 499
 """Status, in the metrics alone, of a request whose client left before its answer."""
 OWN_ERROR = RequestError("the server met an error of its own; see its log", status=500)
+LEAVES = RequestError("the server leaves; ask another, or again when it is back", status=503)
 
 
 class Server(uvicorn.Server):
     """Answers at listening sockets, given to :meth:`run`, until :meth:`leave`. Signals are the caller's business."""
 
     def __init__(self, serving: Serving, service: Service, *, leave_seconds: int) -> None:
-        """Closes the service in the end; requests that then take longer than ``leave_seconds`` are cut off."""
-        super().__init__(uvicorn.Config(build_app(serving, service), log_level="warning", access_log=False,
-                                        timeout_graceful_shutdown=leave_seconds))
+        """Closes the service in the end; requests that then take longer than ``leave_seconds`` are told that."""
+        self.routes, self.leave_seconds = _Routes(serving, service), leave_seconds
+        super().__init__(uvicorn.Config(_app(self.routes), log_level="warning", access_log=False,
+                                        timeout_graceful_shutdown=leave_seconds + CUT_SECONDS))
         service.on_failure = self.leave
 
     def leave(self) -> None:
         """Take no more requests, finish those that run or wait, and return from :meth:`run`."""
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for the requests, the last of them for so long as they are given."""
+        end = asyncio.get_running_loop().call_later(self.leave_seconds, self.routes.end)
+        await super().shutdown(sockets)
+        end.cancel()
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -51,16 +62,15 @@ class Server(uvicorn.Server):
         yield
 
 
-def build_app(serving: Serving, service: Service) -> Starlette:
-    """The routes of a server over a running service, which is closed when the server leaves."""
-    server = _Routes(serving, service)
+def _app(server: "_Routes") -> Starlette:
+    """The routes over a running service, which is closed when the server leaves."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         reporting = asyncio.create_task(server.report())
         yield
         reporting.cancel()
-        await run_in_threadpool(service.close)
+        await run_in_threadpool(server.service.close)
 
     routes = [
         Route("/v1/completions", server.complete, methods=["POST"]),
@@ -93,6 +103,14 @@ class _Routes:
         self.serving, self.service = serving, service
         self.taken = 0
         """Requests for completions that are being read, wait or run."""
+        self.works: set[_Work] = set()
+        self.ended = False
+
+    def end(self) -> None:
+        """Tell all requests that the server leaves."""
+        self.ended = True
+        for work in self.works:
+            work.news.put_nowait(LEAVES)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self.serving.model()]})
@@ -128,6 +146,8 @@ class _Routes:
         try:
             body = await _read_body(request)
             asked, prompts = await run_in_threadpool(read_request, body, self.serving)
+            if self.ended:
+                raise LEAVES
             work = _Work(self, request, asked, prompts)
             if asked.stream:
                 return _Stream(work, self._done)
@@ -175,7 +195,8 @@ class _Work:
         """
         self.request, self.asked, self.status = request, asked, GONE
         self.answer = Answer(request=asked, serving=server.serving)
-        self.news: asyncio.Queue[Piece | None] = asyncio.Queue()
+        self.works = server.works
+        self.news: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         tokenizer = server.serving.engine.loaded.tokenizer
         self.tickets = [
@@ -196,6 +217,7 @@ class _Work:
             raise RequestError(str(error), status=429, code="queue_full") from None
         except BrokenError as error:
             raise RequestError(str(error), status=503) from None
+        self.works.add(self)
 
     def _tell(self, piece: Piece) -> None:
         self.loop.call_soon_threadsafe(self.news.put_nowait, piece)
@@ -207,8 +229,8 @@ class _Work:
         try:
             while left:
                 piece = await self.news.get()
-                if piece is None:
-                    raise _ClientGoneError
+                if isinstance(piece, Exception):
+                    raise piece
                 if piece.reason == "failed":
                     raise RequestError(piece.error, status=500)
                 left -= piece.reason is not None
@@ -221,10 +243,11 @@ class _Work:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
         self.drop()
-        self.news.put_nowait(None)
+        self.news.put_nowait(_ClientGoneError())
 
     def drop(self) -> None:
         """Have the service forget what is not done."""
+        self.works.discard(self)
         for ticket in self.tickets:
             ticket.dropped = True
 

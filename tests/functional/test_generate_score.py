@@ -109,6 +109,15 @@ def test_sampling_repeats_with_its_seed(paths, run):
     assert first == again != other
 
 
+def test_equal_prompts_have_their_own_samples_whatever_their_batch(paths, run, tmp_path):
+    (tmp_path / "equal.jsonl").write_text('\ufeff{"prompt": "tun"}\r\n{"prompt": "tun"}\n')
+    options = ["generate", "--checkpoint", paths["run"], "--no-memory", "--input", tmp_path / "equal.jsonl", "--json",
+               "--max-new-tokens", "12", "--temperature", "1.0", "--batch"]
+    alone, together = ([one["tokens"] for one in json.loads(run(*options, size).out)["results"]] for size in (1, 2))
+    assert alone == together
+    assert alone[0] != alone[1]
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -19,6 +19,7 @@ import torch
 from launch.m3 import main
 from launch.serve import ServeOptions, bind, open_serving
 from megatron_m3.errors import M3Error
+from tests.http_client import Client, listening
 from tests.knowledge import build_knowledge
 from tests.launcher import ROOT
 from tests.slurm_cluster import wait_until
@@ -47,36 +48,6 @@ def given(tmp_path_factory):
         yield options | {"index": str(made["index"]), "bank": str(folder / "bank")}
 
 
-class Client:
-    """Asks a server on this machine."""
-
-    def __init__(self, address):
-        self.address = f"http://{address}"
-
-    def ask(self, **fields):
-        return requests.post(f"{self.address}/v1/completions", data=json.dumps(fields), timeout=120)
-
-    def choices(self, **fields):
-        answer = self.ask(**fields)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["choices"]
-
-    def stream(self, **fields):
-        """The messages of a stream, one by one; closing the generator closes the connection."""
-        with requests.post(f"{self.address}/v1/completions", json=fields | {"stream": True}, stream=True,
-                           timeout=120) as answer:
-            assert answer.status_code == 200, answer.text
-            for line in answer.iter_lines(chunk_size=1):
-                if line:
-                    told = line.decode().removeprefix("data: ")
-                    yield told if told == "[DONE]" else json.loads(told)
-
-    def metric(self, name):
-        """0 where nothing was counted yet."""
-        lines = requests.get(f"{self.address}/metrics", timeout=120).text.splitlines()
-        return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0)
-
-
 @pytest.fixture(scope="module")
 def client(given):
     """Of a server in this process: two prompts run, three wait."""
@@ -85,15 +56,8 @@ def client(given):
     from megatron_m3.inference.service import Service
 
     serving = open_serving(ServeOptions(**given, name=NAME))
-    server = Server(serving, Service(serving.engine, Metrics(), batch=2, queue=3), leave_seconds=5)
-    with bind("127.0.0.1", 0) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # a client that does not read is soon felt
-        listener.listen()
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield Client(f"127.0.0.1:{listener.getsockname()[1]}")
-        server.leave()
-        thread.join()
+    with listening(Server(serving, Service(serving.engine, Metrics(), batch=2, queue=3), leave_seconds=5)) as client:
+        yield client
 
 
 @pytest.fixture
@@ -338,22 +302,35 @@ def test_a_server_whose_device_is_lost_says_so(given):
     service = Service(serving.engine, Metrics(), batch=2, queue=3)
     server, left = Server(serving, service, leave_seconds=5), threading.Event()
     service.on_failure = left.set  # so that it can still be asked
-    with bind("127.0.0.1", 0) as listener:
-        listener.listen()
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            lost = Client(f"127.0.0.1:{listener.getsockname()[1]}")
-            failed, health, again = (lost.ask(prompt="a"), requests.get(f"{lost.address}/health", timeout=120),
-                                     lost.ask(prompt="a"))
-        finally:
-            server.leave()
-            thread.join()
+    with listening(server) as lost:
+        failed, health, again = (lost.ask(prompt="a"), requests.get(f"{lost.address}/health", timeout=120),
+                                 lost.ask(prompt="a"))
     assert left.is_set()
     why = failed.json()["error"]["message"]
     assert why.startswith("the server has failed and leaves (")
     assert (failed.status_code, again.status_code, again.json()["error"]["message"]) == (500, 503, why)
     assert (health.status_code, health.json()) == (503, {"status": "failed", "error": why})
+
+
+def test_who_takes_longer_than_a_leaving_server_waits_is_told(given, capfd):
+    from megatron_m3.inference.metrics import Metrics
+    from megatron_m3.inference.server import Server
+    from megatron_m3.inference.service import Service
+
+    serving = open_serving(ServeOptions(checkpoint=given["checkpoint"], no_memory=True))
+    server = Server(serving, Service(serving.engine, Metrics(), batch=1, queue=30), leave_seconds=0)
+    with ThreadPoolExecutor(1) as pool, listening(server) as client:
+        stream = client.stream(prompt=["a"] * 20, max_tokens=LONG, temperature=0)
+        told = [next(stream)]
+        waiting = pool.submit(client.ask, prompt="a")
+        wait_until(lambda: server.routes.taken == 2, "the second request does not come")
+        server.leave()
+        told += list(stream)
+        answer = waiting.result()
+    assert (answer.status_code, answer.json()["error"]) == (503, told.pop()["error"])
+    assert told[-1]["choices"]
+    assert "the server leaves" in answer.json()["error"]["message"]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("host", ["a..b", "256.0.0.1.invalid"])

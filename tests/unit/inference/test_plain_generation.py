@@ -117,6 +117,9 @@ def test_sampled_frequencies_are_the_filtered_probabilities():
     top3 = whole * torch.tensor([1, 1, 1, 0, 0])
     torch.testing.assert_close(frequencies(top_p=0.8), top3 / top3.sum(), atol=0.03, rtol=0)
     assert frequencies(top_k=4, top_p=1e-9)[0] == 1
+    hottest = draws(Sampling(temperature=10**40, seed=1), [[0]] * count)
+    even = torch.bincount(choose(logits.expand(count, 5), hottest), minlength=5) / count
+    torch.testing.assert_close(even, torch.full((5,), 0.2), atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +127,7 @@ def test_sampled_frequencies_are_the_filtered_probabilities():
     [
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
