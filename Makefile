@@ -71,10 +71,10 @@ gpu-check gpu-setup: export PIP_FIND_LINKS := $(abspath $(WHEELS))
 endif
 
 gpu-check: gpu-setup ## on a machine with a CUDA card: the tests that need one, then times, added to tests/benchmarks/results.csv
-	$(PYTHON) -m pytest -m gpu -rs tests/gpu
-	@missed=0; for name in $(CARD_BENCHMARKS); do echo "== $$name"; \
-		$(PYTHON) -m tests.benchmarks.$$name --record || missed=1; done; \
-		$(PYTHON) -m tests.benchmarks.results --write && exit $$missed
+	@failed=0; record=--record; $(PYTHON) -m pytest -m gpu -rs tests/gpu || { failed=1; record=; }; \
+		for name in $(CARD_BENCHMARKS); do echo "== $$name"; \
+		$(PYTHON) -m tests.benchmarks.$$name $$record || failed=1; done; \
+		$(PYTHON) -m tests.benchmarks.results --write && exit $$failed
 
 lint: setup ## ruff and mypy
 	$(PYTHON) -m ruff check .

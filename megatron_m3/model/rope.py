@@ -34,7 +34,9 @@ class Rope:
         They are in fp32 or wider: a bf16 table would rotate distant positions by visibly wrong angles.
         """
         dtype = torch.promote_types(dtype, torch.float32)
-        angle = positions.to(torch.float64)[..., None, None] * self.frequency.to(positions.device)
+        # kept there: a copy for each step of generation would wait for the device
+        self.frequency = self.frequency.to(positions.device)
+        angle = positions.to(torch.float64)[..., None, None] * self.frequency
         return turns(angle, dtype)
 
     def rotate(self, vectors: Tensor, positions: Tensor) -> Tensor:

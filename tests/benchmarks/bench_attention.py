@@ -157,8 +157,8 @@ def floors(inputs: Inputs) -> dict[str, dict[str, tuple]]:
     return times
 
 
-def rows(shape: Shape) -> Iterator[dict[str, object]]:
-    """One row for every kernel and direction."""
+def rows(shape: Shape, broken: list[str]) -> Iterator[dict[str, object]]:
+    """One row for every kernel and direction; backends that fail are not timed, and are added to ``broken``."""
     cuda = torch.cuda.is_available()
     inputs = Inputs.of(shape, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
     reference = get_backend("reference")
@@ -168,6 +168,10 @@ def rows(shape: Shape) -> Iterator[dict[str, object]]:
             check(inputs, backend)
         except UnsupportedError as error:
             print(error, file=sys.stderr)
+            del backends[name]
+        except Exception as error:  # whatever it is, the others are timed
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+            broken.append(name)
             del backends[name]
     times = floors(inputs) if cuda else {
         "floor": dict(both_ways(functools.partial(inputs.attend, reference), inputs.tensors, inputs.grad))}
@@ -234,11 +238,11 @@ def main() -> None:
         for shape in CUDA_SHAPES[:2]:
             tune(shape)
         return
-    met, (name, backend) = True, LIMITED[cuda]
+    met, broken, (name, backend) = True, list[str](), LIMITED[cuda]
     for shape in CUDA_SHAPES if cuda else CPU_SHAPES:
         limits = {("forward+backward", backend): LIMIT if cuda else 1 / CPU_LIMIT} if shape.name == name else {}
-        met &= results.report("attention", list(rows(shape)), limits)
-    sys.exit(not met)
+        met &= results.report("attention", list(rows(shape, broken)), limits)
+    sys.exit(not met or bool(broken))
 
 
 if __name__ == "__main__":

@@ -71,11 +71,14 @@ def append(benchmark: str, rows: Iterable[Mapping[str, object]], path: Path = FI
 def report(benchmark: str, rows: Sequence[Mapping[str, object]], limits: Mapping[tuple[object, object], float]) -> bool:
     """Print rows, add them to the file if the command line says ``--record``, and tell whether all limits are met.
 
-    ``limits`` are largest ratios, by pass and what.
+    ``limits`` are largest ratios, by pass and what; one that has no row is not met.
     """
     if "--record" in sys.argv:
         append(benchmark, rows)
-    met = True
+    missing = set(limits) - {(row["pass"], row["what"]) for row in rows}
+    for direction, what in missing:
+        print(f"{what} {direction}: not measured   MISSED")
+    met = not missing
     for row in rows:
         text = (f"{row['shape']} x {row['batch']:<3} {row['what']:<18} {row['pass']:<17} p20 {row['p20_ms']:10.4f}  "
                 f"p50 {row['p50_ms']:10.4f}  p80 {row['p80_ms']:10.4f} ms   ratio {row['ratio']:7.3f}")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests.unit.ops.test_memory_attention import assert_close, assert_error_at_most_twice, run
+from tests.unit.ops.test_memory_attention import assert_close, assert_error_at_most_twice, run, sharpened
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,6 +76,12 @@ def poisoned_outputs():
 @pytest.mark.parametrize(("backend", "size", "dtype"), CASES)
 def test_error_is_at_most_twice_that_of_the_plain_version(backend, size, dtype, poisoned_outputs):
     assert_close(backend_named(backend), size, dtype, *inputs(size, dtype))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), itertools.product(["torch", "triton", "te"], HALF))
+def test_large_scores_keep_their_digits(backend, dtype):
+    tensors, valid, grad = inputs(SIZES[0], dtype)
+    assert_close(backend_named(backend), SIZES[0], dtype, sharpened(tensors), valid, grad)
 
 
 @pytest.mark.parametrize("backend", ["torch", "te"])

@@ -77,7 +77,7 @@ class _JointSoftmax(torch.autograd.Function):
         grad_chunks, out_chunks, query_chunks = (
             _by_chunk(rows[:, prefix:], memory_key, length) for rows in (grad, out, query))
         row = (_widen(grad_chunks) * _widen(out_chunks)).sum(-1, keepdim=True)
-        d_weight = _widen(torch.einsum("bcgrld,bcgud->bcgrlu", grad_chunks, memory_value))
+        d_weight = _dot(grad_chunks, memory_value)
         d_score = (weight * (d_weight - row) * query.shape[-1] ** -0.5).to(query.dtype)
         d_memory_value = torch.einsum("bcgrlu,bcgrld->bcgud", weight.to(query.dtype), grad_chunks)
         d_memory_key = torch.einsum("bcgrlu,bcgrld->bcgud", d_score, query_chunks)
@@ -120,9 +120,13 @@ def merge_at_once(
 
 def _memory_scores(query: Tensor, memory_key: Tensor, valid: Tensor, prefix: int, length: int) -> Tensor:
     """Scaled scores ``[B, C, G, R, L, U]`` in fp32 or wider, -inf where a slot is empty."""
-    query_BCGRLD = _by_chunk(query[:, prefix:], memory_key, length)
-    score = _widen(torch.einsum("bcgrld,bcgud->bcgrlu", query_BCGRLD, memory_key)) * query.shape[-1] ** -0.5
+    score = _dot(_by_chunk(query[:, prefix:], memory_key, length), memory_key) * query.shape[-1] ** -0.5
     return score.masked_fill(~valid[:, :, :, None, None, :], -torch.inf)
+
+
+def _dot(rows_BCGRLD: Tensor, memory_BCGUD: Tensor) -> Tensor:
+    """Products of rows and memory slots, ``[B, C, G, R, L, U]``; not rounded to 16 bits, which large scores lack."""
+    return torch.einsum("bcgrld,bcgud->bcgrlu", _widen(rows_BCGRLD), _widen(memory_BCGUD))
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -34,6 +34,12 @@ def random_inputs(size, dtype, seed=0):
     return tensors, valid, draw(B, T, H, D)
 
 
+def sharpened(tensors):
+    """The same inputs with scores in the hundreds, which 16 bits would round to whole numbers."""
+    query, key, value, memory_key, memory_value = tensors
+    return [40 * query, 8 * key, value, 8 * memory_key, memory_value]
+
+
 def run(backend, size, tensors, valid, grad):
     _, P, _, L, _, _, W, *_ = size
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -68,6 +74,12 @@ def test_torch_backend_equals_reference_in_fp64(size):
 @pytest.mark.parametrize(("size", "dtype"), itertools.product(SIZES, [torch.float32, torch.bfloat16, torch.float16]))
 def test_error_is_at_most_twice_that_of_the_plain_version(size, dtype):
     assert_close(torch_backend, size, dtype, *random_inputs(size, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_scores_keep_their_digits(dtype):
+    tensors, valid, grad = random_inputs(SIZES[0], dtype)
+    assert_close(torch_backend, SIZES[0], dtype, sharpened(tensors), valid, grad)
 
 
 def test_invalid_slots_are_never_read():

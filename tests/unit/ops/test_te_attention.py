@@ -16,7 +16,7 @@ from megatron_m3.ops.memory_attention import get_backend, reference, te_backend
 from megatron_m3.ops.memory_attention.joint_softmax import attend_alone, attend_jointly
 from tests.unit.ops import plain_fused_attention
 from tests.unit.ops.plain_fused_attention import PLAIN
-from tests.unit.ops.test_memory_attention import SIZES, assert_close, random_inputs, run
+from tests.unit.ops.test_memory_attention import SIZES, assert_close, random_inputs, run, sharpened
 
 KERNEL = te_backend.TeKernel(PLAIN)
 JOINT = SimpleNamespace(memory_attention=functools.partial(attend_jointly, KERNEL))
@@ -39,7 +39,9 @@ def test_merging_gives_the_joint_softmax(size, order):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_that_of_the_plain_version(dtype):
-    assert_close(JOINT, SIZES[2], dtype, *random_inputs(SIZES[2], dtype))
+    tensors, valid, grad = random_inputs(SIZES[2], dtype)
+    for some in (tensors, sharpened(tensors)):
+        assert_close(JOINT, SIZES[2], dtype, some, valid, grad)
 
 
 def test_all_invalid_is_plain_causal_attention():

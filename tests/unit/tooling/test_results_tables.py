@@ -8,7 +8,11 @@ from tests.benchmarks import results
 def test_the_document_holds_what_the_rows_give():
     document = results.DOCUMENT.read_text(encoding="utf-8")
     assert results.fill(document, results.read()) == document, "run python -m tests.benchmarks.results --write"
-    assert "<!-- times: attention -->\nNVIDIA H100 80GB HBM3, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-23:" in document
+    assert "<!-- times: attention -->\nNVIDIA " in document
+
+
+MEASURED = {"shape": "s", "batch": 1, "what": "triton", "pass": "select", "p20_ms": 1, "p50_ms": 1, "p80_ms": 1,
+            "ratio": 1}
 
 
 def row(**changes):
@@ -30,6 +34,12 @@ def test_the_newest_run_of_each_device_is_shown():
         "B, torch 2, Triton 3, Transformer Engine 2.20.2, 2026-01-02:\n\n| shape | pass | floor |\n|---|---|---:|\n"
         "| s, 1 x 9 | select | 4.000 (1.00) |\n<!-- end -->\nafter"
     )
+
+
+def test_a_limit_that_has_no_row_is_not_met(capsys):
+    assert results.report("kernels", [MEASURED], {("select", "triton"): 1.1})
+    assert not results.report("kernels", [MEASURED], {("select", "te"): 1.1})
+    assert "te select: not measured   MISSED" in capsys.readouterr().out
 
 
 def test_a_place_without_rows_says_so_and_rows_without_a_place_are_refused():
