@@ -288,7 +288,7 @@ def _finish(job: BankJob, crew: Crew, folder: ShardFolder, settings: BankSetting
                 _write_manifest(job, folder, settings)
             else:
                 time.sleep(POLL_SECONDS)
-        if crew.rank == 0:
+        if crew.rank == 0 and not is_mine:
             _check_manifest(folder, settings)
         if is_mine or crew.rank == 0:
             _clear(folder.folder, claims, is_over=True)
