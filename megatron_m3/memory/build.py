@@ -134,14 +134,8 @@ class BankOrder[Model: ModelDescription]:
 
     def settings(self, codec: str, token_bytes: int) -> BankSettings:
         """The settings that the bank will say of itself."""
-        model, memory = self.loaded.config.model, self.loaded.config.memory
-        return BankSettings(
-            num_references=len(self.references), block_size=self.options.block_size,
-            memory_layers=self.loaded.config.memory_layers, num_kept_tokens=memory.num_kept_tokens,
-            selection=memory.selection, spread=memory.spread, prefix=memory.prefix,
-            reference_length=memory.reference_length, num_kv_heads=model.num_kv_heads, head_size=model.head_size,
-            codec=codec, token_bytes=token_bytes, memory_heads=self.memory_heads,
-        )
+        return BankSettings.of(self.loaded.config, num_references=len(self.references),
+                               block_size=self.options.block_size, codec=codec, token_bytes=token_bytes)
 
     def sample_ids(self) -> np.ndarray:
         """References with tokens, drawn uniformly, that the codec is trained on; none where none is trained."""
