@@ -44,6 +44,8 @@ class InspectOptions:
     """Print JSON: what the bank says of itself."""
 
     def __post_init__(self) -> None:
+        if self.json and self.reference is not None:
+            raise ConfigError("json: a reference's memory is told as text; leave --json out")
         if self.checkpoint and self.reference is None:
             raise ConfigError("checkpoint: one reference is encoded again; add --reference")
         if self.reference is not None and not (self.references and (self.tokenizer or self.checkpoint)):
@@ -86,16 +88,16 @@ def describe_reference(bank: "MemoryBank", options: InspectOptions) -> Iterator[
 
     assert options.reference is not None
     references, fresh = ReferenceStore.open(options.references), None
+    check_input(bank.address, bank.manifest, "references", references.hash)
+    document, first_token = references.source(options.reference)
     if options.checkpoint:
         tokenizer, fresh = encode_again(bank, references, options)
     else:
         tokenizer = Tokenizer.load(options.tokenizer)
-    check_input(bank.address, bank.manifest, "references", references.hash)
     check_input(bank.address, bank.manifest, "tokenizer", tokenizer.hash)
     memory = bank.read([options.reference])
     tokens, lengths = references.tokens([options.reference])
     words = [tokenizer.decode([token]) for token in tokens[0, : lengths[0]]]
-    document, first_token = references.source(options.reference)
     yield f"reference {options.reference}, document {document}, from token {first_token}, {len(words)} tokens:"
     yield references.text(options.reference)
     if not memory.num_kept[0]:

@@ -128,8 +128,8 @@ class MemoryConfig:
     """Text that retrieves for a chunk in training: its own (the paper) or the previous chunk's (honest likelihoods)."""
 
     def __post_init__(self) -> None:
-        check_range("memory", self, 1, math.inf, "reference_length", "chunk_length", "references_per_chunk", "window",
-                     "spread")
+        check_range("memory", self, 1, 1 << 15, "reference_length")  # places are int16 in a bank
+        check_range("memory", self, 1, math.inf, "chunk_length", "references_per_chunk", "window", "spread")
         check_range("memory", self, 0, 1, "curriculum")
         try:
             self.prefix.encode()

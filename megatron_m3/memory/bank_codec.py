@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from megatron_m3.errors import M3Error
+from megatron_m3.errors import ArtifactError, M3Error
 from megatron_m3.manifest import atomic_folder
 from megatron_m3.manifest.claims import CLAIMS, Claims
 from megatron_m3.memory.codec import Codec
@@ -36,7 +36,8 @@ def prepare_codec(job: "BankJob", crew: Crew, place: Path) -> Codec:
     with contextlib.ExitStack() as stack:
         with agree(crew.comm):
             claims = stack.enter_context(Claims(place.parent / CLAIMS))
-        if crew.comm.bcast(_must_train(place, claims) if crew.rank == 0 else None):
+            must_train = crew.rank == 0 and _must_train(job, place, claims)
+        if crew.comm.bcast(must_train):
             sample = _encode_sample(job, crew)
             with agree(crew.comm):
                 if crew.rank == 0:
@@ -53,13 +54,20 @@ def prepare_codec(job: "BankJob", crew: Crew, place: Path) -> Codec:
     raise AssertionError("agree raises what the block did")
 
 
-def _must_train(place: Path, claims: Claims) -> bool:
-    """Whether the codec is this job's to train; waits for another job that trains it."""
+def _must_train(job: "BankJob", place: Path, claims: Claims) -> bool:
+    """Whether the codec is this job's to train; waits for another job that trains it.
+
+    Raises:
+        ArtifactError: it is gone, but not the shards that were written with it.
+    """
     while not (place / "manifest.json").exists():
         if claims.take(place.name):
             if (place / "manifest.json").exists():  # since we looked
                 claims.release(place.name)
                 return False
+            if len(job.sample_ids()) and any(place.parent.glob("shard_*.json")):
+                raise ArtifactError(f"{place}: no codec, but shards that were written with it; bring it back from a "
+                                    f"copy, or remove {place.parent} and build the bank again")
             return True
         time.sleep(POLL_SECONDS)
     return False

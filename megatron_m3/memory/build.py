@@ -134,14 +134,8 @@ class BankOrder[Model: ModelDescription]:
 
     def settings(self, codec: str, token_bytes: int) -> BankSettings:
         """The settings that the bank will say of itself."""
-        model, memory = self.loaded.config.model, self.loaded.config.memory
-        return BankSettings(
-            num_references=len(self.references), block_size=self.options.block_size,
-            memory_layers=self.loaded.config.memory_layers, num_kept_tokens=memory.num_kept_tokens,
-            selection=memory.selection, spread=memory.spread, prefix=memory.prefix,
-            reference_length=memory.reference_length, num_kv_heads=model.num_kv_heads, head_size=model.head_size,
-            codec=codec, token_bytes=token_bytes, memory_heads=self.memory_heads,
-        )
+        return BankSettings.of(self.loaded.config, num_references=len(self.references),
+                               block_size=self.options.block_size, codec=codec, token_bytes=token_bytes)
 
     def sample_ids(self) -> np.ndarray:
         """References with tokens, drawn uniformly, that the codec is trained on; none where none is trained."""
@@ -235,7 +229,7 @@ def _begin_folder(job: BankJob, comm: Any) -> ShardFolder:
 
 def _clear(folder: Path, claims: Claims, *, is_over: bool = False) -> None:
     """Remove what killed processes left half-written: what no living process has claimed, at the end all of it."""
-    for path in folder.glob("**/.*.tmp"):
+    for path in folder.glob(".*.tmp"):
         name = path.name[1:].split(".")[0]
         # jobs that begin at once all write the record of the job
         if is_over or (f"{name}.json" != JOB and not claims.is_taken(name)):
@@ -258,8 +252,9 @@ def write_missing(
     with contextlib.ExitStack() as stack:
         with agree(crew.comm):
             claims = stack.enter_context(Claims(folder.folder / CLAIMS))
-        run = stack.enter_context(Run(claims.folder, crew.comm.bcast(claims.owner)))
-        crew.comm.Barrier()
+        name = crew.comm.bcast(claims.owner)
+        with agree(crew.comm):
+            run = stack.enter_context(Run(claims.folder, name))
         begun()
         blocks = OpenBlocks(folder, claims, run, missing, first=crew.group * len(missing) // crew.num_groups)
         write_blocks(job, crew, blocks, codec, settings)
@@ -287,8 +282,24 @@ def _finish(job: BankJob, crew: Crew, folder: ShardFolder, settings: BankSetting
                 _write_manifest(job, folder, settings)
             else:
                 time.sleep(POLL_SECONDS)
+        if crew.rank == 0 and not is_mine:
+            _check_manifest(folder, settings)
         if is_mine or crew.rank == 0:
             _clear(folder.folder, claims, is_over=True)
+
+
+def _check_manifest(folder: ShardFolder, settings: BankSettings) -> None:
+    """Check that the manifest names the shards that are there.
+
+    Raises:
+        ArtifactError: some were damaged, and came out otherwise where they were written anew.
+    """
+    recorded = read_manifest(folder.folder, KIND, SCHEMA).files
+    wrong = [name for name, entry in folder.files(settings.num_blocks).items() if entry != recorded.get(name, entry)]
+    if wrong:
+        raise ArtifactError(f"{folder.folder}: {len(wrong):,} shards that were damaged, such as {wrong[0]}, are whole "
+                            "again with other last bits, as of another machine; to take them, remove the manifest.json "
+                            "and give the command again")
 
 
 def _write_manifest(job: BankJob, folder: ShardFolder, settings: BankSettings) -> None:

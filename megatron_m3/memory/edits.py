@@ -19,6 +19,7 @@ from megatron_m3.references import parse_ids
 
 EDIT, FOLDED = "edit_", "folded_"
 EMPTY = "empty.bin"
+FOLDER = re.compile(rf"{EDIT}[0-9a-f]+")
 SHARD = re.compile(rf"(?:{FOLDED}[0-9a-f]+/)?shard_(\d+)\.bin")
 
 
@@ -80,7 +81,8 @@ class Places:
         self._folder = np.repeat(np.r_[-1, np.arange(len(self.folder_ids))[::-1]], sizes)[first].astype(np.int32)
         self._row = np.concatenate([np.arange(size) for size in sizes])[first]
         new = np.count_nonzero(self.ids >= self.edits.built)
-        if not all(self.shards) or new != num_references - self.edits.built or (self.ids >= num_references).any():
+        named = all(self.shards) and all(FOLDER.fullmatch(one.name) for one in self.edits.folders)
+        if not named or new != num_references - self.edits.built or (self.ids >= num_references).any():
             raise ArtifactError(f"{address}: the manifest does not say where all records are; build the bank again")
 
     def __call__(self, id: int) -> tuple[str, int]:

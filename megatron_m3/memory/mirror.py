@@ -6,6 +6,8 @@ half-written, does not fit its checksums. So any number of processes may read an
 """
 
 import os
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,10 +22,13 @@ SHARE = 16
 """A process looks what is on the disk again after it wrote this part of the budget."""
 BLOCK = 4096
 """Bytes that a disk takes up at a time."""
+IDENTITY = re.compile("[0-9a-f]{64}")
+"""Folders that are a mirror's; others are never touched."""
 
 
 class Mirror:
-    """Some records of one bank in a local folder; whole files go, the longest unused first, when they are over budget.
+    """Some records of one bank in a local folder; whole files go, the longest unused first, when they are over budget,
+    or the disk is full.
 
     The budget is for all banks in the folder, in bytes that their files take up on disk. Processes that write at the
     same time may each go over it by a 16th.
@@ -47,12 +52,14 @@ class Mirror:
         return [row for _, missing in self._reader.read(wanted, rows) for row in missing]
 
     def write(self, wanted: Wanted, rows: np.ndarray) -> None:
-        """Keep records, which fit their checksums; nothing if they alone are over the budget."""
+        """Keep records, which fit their checksums; nothing if there is no room for them."""
         size = len(rows) * sum(piece.stop - piece.start + 2 * BLOCK for piece in wanted.pieces)
         if size > self.budget_bytes:
             return
         if size > self._room:
             self._room = self._make_room(size)
+            if size > self._room:
+                return
         self._room -= size
         for (name, offset), row in zip(wanted.places, rows, strict=True):
             path = self.folder / name
@@ -64,18 +71,24 @@ class Mirror:
                     length = piece.stop - piece.start
                     os.pwrite(file, row[filled : filled + length], offset + piece.start)
                     filled += length
+            except OSError as error:
+                error.filename = str(path)
+                raise
             finally:
                 os.close(file)
 
     def _make_room(self, size: int) -> int:
         """Remove files until ``size`` bytes fit, or a share of the budget if that is more; the room that there is."""
-        files = sorted(filter(None, map(_use, self.root.rglob("*.bin"))), reverse=True)
-        free = self.budget_bytes - sum(taken for _, taken, _ in files)
-        while files and free < max(size, self.budget_bytes // SHARE):
+        kept = (path for bank in self.root.iterdir() if IDENTITY.fullmatch(bank.name) for path in bank.rglob("*.bin"))
+        files, disk = sorted(filter(None, map(_use, kept)), reverse=True), shutil.disk_usage(self.root)
+        wanted, free = max(size, self.budget_bytes // SHARE), self.budget_bytes - sum(taken for _, taken, _ in files)
+        if disk.total:
+            free = min(free, disk.free)
+        while files and free < wanted:
             _, taken, path = files.pop()
             path.unlink(missing_ok=True)
             free += taken
-        return min(free, max(size, self.budget_bytes // SHARE))
+        return min(free, wanted)
 
 
 def _use(path: Path) -> tuple[int, int, Path] | None:

@@ -39,9 +39,11 @@ class HttpStorage:
             ArtifactError: it is not one.
         """
         self.address = address.rstrip("/")
-        parts = urlsplit(self.address)
         try:
-            self._host, self._port, self._path = parts.hostname or "", parts.port, parts.path
+            parts = urlsplit(self.address)
+            # as http.client sends it; what is quoted already stays so
+            self._host, self._port = (parts.hostname or "").encode("idna").decode(), parts.port
+            self._path = quote(parts.path, safe="/%")
         except ValueError:
             self._host = ""
         if not self._host or parts.query or parts.fragment:

@@ -18,6 +18,7 @@ from megatron_m3.manifest import check_input
 from megatron_m3.manifest.blocks import JOB
 from megatron_m3.memory.bank import MemoryBank
 from megatron_m3.memory.build import GROUP
+from megatron_m3.memory.editing import empty_record
 from megatron_m3.memory.encode import BATCH_TOKENS, start_encoding
 from megatron_m3.model.checkpoint import LoadedModel, ModelDescription
 from megatron_m3.platform.progress import Progress
@@ -90,7 +91,9 @@ def verify_sample(
 
     def encode(chosen: np.ndarray) -> np.ndarray:
         late = start_encoding(loaded, *references.tokens(chosen), [config], batch_tokens=batch_tokens)
-        return late[0].records(codec, bank.record)
+        records = late[0].records(codec, bank.record)
+        records[np.isin(chosen, bank.places.deleted)] = empty_record(bank.record)
+        return records
 
     found = []
     with Progress("sample", len(ids), "references") as progress:

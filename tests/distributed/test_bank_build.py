@@ -1,5 +1,6 @@
 """The bank build with real MPI processes: any number of ranks gives the same bytes, and mistakes are named."""
 
+import json
 import subprocess
 
 import numpy as np
@@ -72,6 +73,33 @@ def test_a_damaged_shard_is_written_again(inputs, built, tmp_path):
     assert digest(output) == digest(built)
     assert {other: other.stat().st_mtime_ns for other in whole} == whole
     verify(["--bank", str(output)])
+
+
+def test_a_shard_with_other_last_bits_is_not_taken_for_the_one_that_was_there(inputs, built, tmp_path):
+    from launch.verify_bank import main as verify
+    from megatron_m3.memory.bank import ShardFolder
+
+    output = tmp_path / "bank"
+    subprocess.run(["cp", "-r", str(built), str(output)], check=True)
+    job = json.loads((output / "job.json").read_text())["job"]
+    shards = ShardFolder(output, job)
+    shards.write_bytes(5, (output / "shard_000006.bin").read_bytes())  # as another machine would
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=r"such as shard_000005.bin, .*remove the manifest.json and give"):
+            build_here(inputs, output, *JOB)
+    (output / "manifest.json").unlink()
+    build_here(inputs, output, *JOB)
+    verify(["--bank", str(output)])
+
+
+def test_shards_without_their_codec_are_refused(inputs, built, tmp_path):
+    output = tmp_path / "bank"
+    subprocess.run(["cp", "-r", str(built), str(output)], check=True)
+    subprocess.run(["rm", "-r", str(output / "codec"), str(output / "manifest.json")], check=True)
+    before = digest(output)
+    with pytest.raises(ArtifactError, match="bank/codec: no codec, but shards that were written with it"):
+        build_here(inputs, output, *JOB)
+    assert digest(output) == before
 
 
 def test_a_broken_record_is_named(inputs, built, tmp_path):

@@ -160,7 +160,7 @@ def make_index(factory: str, head_size: int) -> Any:
         index = faiss.index_factory(head_size, factory)
         index.sa_code_size()
     except RuntimeError as error:
-        reason = re.sub(r"\s+", " ", str(error)).split("Error: ")[-1].strip()
+        reason = re.split(r"Error: |\.cpp:\d+: ", re.sub(r"\s+", " ", str(error)))[-1].strip()
         raise ConfigError(
             f"codec={factory}: FAISS makes no standalone codec of it for head size {head_size} ({reason[:120]}); give "
             "auto, none, or another factory string"

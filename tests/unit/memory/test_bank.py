@@ -217,3 +217,6 @@ def test_inspect_marks_what_was_kept(raw, folder, references, memories, capsys):
     assert all(line.count("[") == int(memories.num_kept[5]) for line in shown)
     main(["--bank", str(raw)])
     assert "num_references      400" in capsys.readouterr().out
+    with pytest.raises(DataError, match=f"reference {1 << 70} is not in 0-399"):
+        main(["--bank", str(raw), "--reference", str(1 << 70), "--references", str(references.folder), "--tokenizer",
+              str(folder / "tokenizer")])

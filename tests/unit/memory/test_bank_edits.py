@@ -1,12 +1,14 @@
 """Editing a bank: it holds what a bank built anew holds, and readers are not disturbed."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_m3.errors import ArtifactError, ConfigError, DataError
+from megatron_m3.manifest import read_manifest, write_manifest
 from tests.edited_banks import compact, copy_of, delete, digest, open_bank, records, texts, update
 
 REPLACED, DELETED = [5, 9, 200], [3, 7, 399]
@@ -193,6 +195,16 @@ def test_merging_refuses_what_does_not_fit(folder, other, built, edited, build, 
     with pytest.raises(ArtifactError, match=r"R2: is not the knowledge base of .* appended"):
         merge_bank(bank, folder / "other", edited)
     assert digest(bank) == digest(built / "coded")
+
+
+def test_edits_that_lie_outside_the_bank_are_refused(updated, tmp_path):
+    bank = copy_of(updated / "updated_none", tmp_path)
+    manifest = read_manifest(bank, "bank", 2)
+    folder, *more = manifest.settings["edits"]["folders"]
+    edits = manifest.settings["edits"] | {"folders": [folder | {"name": "../bank"}, *more]}
+    write_manifest(bank, replace(manifest, settings=manifest.settings | {"edits": edits}))
+    with pytest.raises(ArtifactError, match="does not say where all records are"):
+        open_bank(bank)
 
 
 def test_a_build_does_not_undo_edits(built, references, build, tmp_path):

@@ -93,6 +93,17 @@ def test_a_changed_code_with_fitting_checksums_is_found(copy, verify, codec):
     assert "NOT what the model writes" in text
 
 
+def test_a_deleted_memory_is_empty_as_it_should_be(copy, verify):
+    from megatron_m3.memory.editing import delete_references
+
+    bank = copy("KLT6")
+    delete_references(bank, np.arange(100, 160))
+    status, text = verify(bank, 400)
+    assert (status, "400 references drawn and encoded again: the same bits" in text) == (0, True)
+    change(bank, 210, 3)
+    assert verify(bank, 400)[0] == 1
+
+
 def test_a_sample_sees_what_it_drew(copy, verify):
     from megatron_m3.memory.verify import draw_sample
 

@@ -98,9 +98,13 @@ def test_addresses_that_hold_no_bank(bank, server):
         ("http://", "not the address of a folder"),
         ("http://127.0.0.1:99999/bank", "not the address of a folder"),
         ("http://127.0.0.1:1/bank", "refused; is the server there"),
+        ("http://[::1", "not the address of a folder"),
+        (f"http://{'a' * 64}.de/bank", "not the address of a folder"),
+        (f"{server.address}/ä b%20c", "404 Not Found: not there"),
     ):
         with pytest.raises(ArtifactError, match=said):
             open_bank(address)
+    assert server.asked[-1][0] == "/%C3%A4%20b%20c/manifest.json"
     with pytest.raises(ArtifactError, match=rf"^{server.address}/bank: this bank was made from another checkpoint"):
         open_bank(f"{server.address}/bank", weights_hash="0" * 64)
     with pytest.raises(ArtifactError, match="checksums of whole files are compared where the bank lies"):
@@ -174,6 +178,31 @@ def test_the_folder_keeps_within_its_budget(bank, server, tmp_path):
     none.keep_in(tmp_path / "none", 0)
     none.records([1])
     assert not list((tmp_path / "none").rglob("*.bin"))
+
+
+def test_what_is_not_the_folders_own_is_never_removed(bank, server, tmp_path):
+    others = [tmp_path / "model.bin", tmp_path / "bank" / "shard_000000.bin"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(50 * 4096))
+    remote = open_bank(f"{server.address}/bank")
+    remote.keep_in(tmp_path, 12 * 4096)
+    for id in (0, 399):
+        remote.records([id])
+    assert all(path.exists() for path in others)
+    assert list(tmp_path.glob(f"{bank.hash}/*.bin"))
+
+
+def test_a_full_disk_keeps_nobody_from_reading(bank, server, tmp_path, monkeypatch):
+    remote = open_bank(f"{server.address}/bank")
+    remote.keep_in(tmp_path)
+    remote.records([399])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    again = open_bank(f"{server.address}/bank")
+    again.keep_in(tmp_path)
+    assert np.array_equal(again.records(IDS), bank.records(IDS))
+    assert not list(tmp_path.rglob("shard_000000.bin"))
 
 
 def test_several_readers_use_one_folder_at_the_same_time(bank, server, tmp_path):
