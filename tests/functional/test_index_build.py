@@ -1,6 +1,7 @@
 """Building the index in shared stages: the bytes of one pass by FAISS itself, whoever does what, and its recall."""
 
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,20 @@ def test_damaged_vectors_are_refused_by_name(embeddings, tmp_path):
     with pytest.raises(ArtifactError, match=r"block_000002\.safetensors: checksum differs"):
         build(options_for(tmp_path / "index"), Embeddings(tmp_path / "damaged", INPUTS["references"]))
     assert not (tmp_path / "index" / "manifest.json").exists()
+
+
+def test_a_disk_that_is_full_at_the_last_bytes_of_the_index(embeddings, tmp_path):
+    """The file size limit stands for the full disk."""
+    build(options_for(tmp_path / "whole", "IVF16,Flat"), embeddings)
+    size, limits = (tmp_path / "whole" / "index.faiss").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 8, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            build(options_for(tmp_path / "full", "IVF16,Flat"), embeddings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    build(options_for(tmp_path / "full", "IVF16,Flat"), embeddings)
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")
