@@ -120,7 +120,7 @@ class IndexBuild:
         import faiss
         import numpy as np
 
-        from data_tools.faiss_build import encode, gives_codes
+        from data_tools.faiss_build import encode, gives_codes, refusals
 
         (trained, queries), vectors = self.load(), np.array(self.embeddings.block(index, check=True))
         with one_faiss_thread():
@@ -128,7 +128,8 @@ class IndexBuild:
         zeros = sum(self.embeddings.sizes[:index]) + np.flatnonzero(~vectors.any(axis=1))
         arrays: dict[str, np.ndarray] = {"scores": scores, "zeros": zeros}
         if gives_codes(trained):
-            arrays["codes"] = encode(trained, vectors)
+            with refusals(self.factory, self.embeddings.size, self.embeddings.count):
+                arrays["codes"] = encode(trained, vectors)
         self.encoded.write(index, arrays)
 
     def parts(self, name: str) -> Iterator["np.ndarray"]:
@@ -141,16 +142,17 @@ class IndexBuild:
         import faiss
         import numpy as np
 
-        from data_tools.faiss_build import add_codes, gives_codes, tune
+        from data_tools.faiss_build import add_codes, gives_codes, refusals, tune
 
         (whole, queries), self._loaded = self.load(), None
         info: dict[str, Any] = {}
         with one_faiss_thread(), self.output.writing(index, info) as path:
-            if gives_codes(whole):
-                add_codes(whole, lambda: self.parts("codes"))
-            else:
-                for block in self.embeddings.blocks():
-                    whole.add(np.ascontiguousarray(block))
+            with refusals(self.factory, self.embeddings.size, self.embeddings.count):
+                if gives_codes(whole):
+                    add_codes(whole, lambda: self.parts("codes"))
+                else:
+                    for block in self.embeddings.blocks():
+                        whole.add(np.ascontiguousarray(block))
             least = np.sort(np.concatenate(list(self.parts("scores")), axis=1), axis=1)[:, -self.k]
             found = tune(whole, self.options.recall, lambda: recall(whole, self.embeddings, queries, least, self.k))
             info |= {"vectors": self.embeddings.count, "size": self.embeddings.size, "queries": len(queries)} | found
@@ -221,9 +223,10 @@ def announce(options: Options, factory: str, embeddings: Embeddings) -> None:
     Raises:
         ConfigError: FAISS cannot make it.
     """
-    from data_tools.faiss_build import make_faiss, memory
+    from data_tools.faiss_build import make_faiss, memory, refusals
 
-    size = memory(make_faiss(factory, embeddings.size, embeddings.count), embeddings.count)
+    with refusals(factory, embeddings.size, embeddings.count):
+        size = memory(make_faiss(factory, embeddings.size, embeddings.count), embeddings.count)
     why = "as asked" if options.factory else f"chosen for {embeddings.count:,} references"
     exact = ", every vector compared: exact" if factory == "Flat" else ""
     print(f"index: {factory} ({why}{exact}), about {size / 1e9:.3g} GB on disk and in memory", file=sys.stderr)

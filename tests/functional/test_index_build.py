@@ -200,6 +200,15 @@ def test_too_few_vectors_to_train_leave_nothing(embeddings, tmp_path):
         faiss_build.make_faiss("Flot", SIZE, COUNT)
 
 
+@pytest.mark.parametrize("factory", ["IDMap,Flat", "IVF0,Flat", "NSG8"])
+def test_what_faiss_refuses_late_is_named_and_leaves_nothing(embeddings, tmp_path, factory):
+    options = options_for(tmp_path / "index", factory)
+    steps = [lambda: index.announce(options, factory, embeddings), lambda: build(options, embeddings)]
+    with pytest.raises(ConfigError, match=f"factory={factory}: FAISS refuses it"):
+        [step() for step in steps]
+    assert not (tmp_path / "index").exists()
+
+
 def test_a_refused_build_leaves_the_folder_to_another_that_waits_in_it(embeddings, tmp_path, monkeypatch):
     options = options_for(tmp_path / "index", "IVF16,PQ8x12")
     code = ("from megatron_m3.errors import exit_on_user_error; from tests.functional import test_index_build as t\n"
