@@ -67,7 +67,7 @@ def read_named(files: Sequence[Path]) -> Named:
                     document, references = record["id"], record.get("references", [])
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     document = None
-                if document is None:
+                if document in (None, ""):
                     raise DataError(f"{path}, line {number}: not a JSON object with an id") from None
                 if not isinstance(references, list) or not all(isinstance(one, str | None) for one in references):
                     raise DataError(f"{path}, line {number}: references is not a list of ids or null")

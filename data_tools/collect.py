@@ -8,22 +8,20 @@ file, line and reason; a damaged file gives what can be read of it.
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.document_store import KIND, SCHEMA, DocumentFolder, show
+from data_tools.document_store import KIND, SCHEMA, BlockWriter, DocumentFolder, show
 from data_tools.documents import find_files
-from data_tools.pieces import make_plan, read_bytes, settle
-from data_tools.records import BadRecordError, Piece, read_records
+from data_tools.pieces import make_plan, parts_of_names, read_bytes, settle
+from data_tools.records import BadRecordError, Piece, in_batches, read_records
 from data_tools.shared_work import Workers
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, DataError, exit_on_user_error
 from megatron_m3.manifest import BlockFolder, check_files, hash_json, read_manifest
 
 COLUMNS = ("id", "text", "place")
-ROWS = 512
-"""Documents that are handed to the writer at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,8 @@ class Options:
 def run(options: Options) -> None:
     """Write the blocks that are missing, then the manifest."""
     files, output = find_files(options.input), Path(options.output)
-    sizes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    parts = parts_of_names(files)
+    sizes = [(Piece(path, parts=parts).name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     settings = {"block_megabytes": options.block_megabytes}
     job = {"kind": KIND, "schema": SCHEMA, "files": sizes, "settings": settings}
     if (output / "manifest.json").exists() and BlockFolder.is_begun(output, job):
@@ -72,27 +71,27 @@ def run(options: Options) -> None:
 
 def write_block(folder: DocumentFolder, plan: Sequence[Sequence[Piece]], index: int) -> None:
     """Write one block: the documents of its pieces, and the hash of what was read."""
-    digest = hashlib.sha256()
+    digest, pieces = hashlib.sha256(), list(filter(None, map(settle, plan[index])))
+    for piece in pieces:
+        for data in read_bytes(piece.path, piece.start, piece.start + piece.size):
+            digest.update(data)
     with folder.block(index, COLUMNS) as writer:
-        for piece in filter(None, map(settle, plan[index])):
-            for data in read_bytes(piece.path, piece.start, piece.start + piece.size):
-                digest.update(data)
-            rows, line, name = [], 0, piece.name
-            try:
-                for line, found, _ in read_records(piece):
-                    place = f"{name}:{line}"
-                    if isinstance(found, BadRecordError):
-                        writer.drop(str(found), file=str(piece.path), place=place)
-                        continue
-                    rows.append((*found, place))
-                    if len(rows) == ROWS:
-                        writer.write_rows(rows)
-                        rows = []
-            except DataError as error:
-                place = f"{name}:{line}"
-                writer.drop("file damaged from here on", file=str(piece.path), place=place, error=str(error))
+        for rows in in_batches(row for piece in pieces for row in read_rows(piece, writer)):
             writer.write_rows(rows)
         writer.extra["sha256"] = digest.hexdigest()
+
+
+def read_rows(piece: Piece, writer: BlockWriter) -> Iterator[tuple[str, str, str]]:
+    """The columns of each document of a piece; what cannot be used is listed as dropped."""
+    line, name = 0, piece.name
+    try:
+        for line, found, _ in read_records(piece):
+            if isinstance(found, BadRecordError):
+                writer.drop(str(found), file=str(piece.path), place=f"{name}:{line}")
+            else:
+                yield *found, f"{name}:{line}"
+    except DataError as error:
+        writer.drop("file damaged from here on", file=str(piece.path), place=f"{name}:{line}", error=str(error))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_tools.documents import BATCH, SKIPPED, Corpus, Skipped
-from data_tools.records import Document
+from data_tools.documents import SKIPPED, Corpus, Skipped
+from data_tools.records import Document, in_batches
 from data_tools.shared_work import STAGES, Workers
 from megatron_m3.errors import ArtifactError
 from megatron_m3.manifest import BlockFolder, atomic_path, hash_file
@@ -79,7 +79,7 @@ class CorpusRows:
             with atomic_path(self._path_beside(index, SKIPPED)) as aside, aside.open("w+") as stream:
                 part = self.corpus.part(self.plan[index], stream)
                 with path.open("wb") as sink, ipc.new_file(sink, self.schema) as writer:
-                    for batch in self._make(itertools.batched(part, BATCH)):
+                    for batch in self._make(in_batches(part)):
                         writer.write_batch(batch)
                         rows += len(batch)
             beside = [SKIPPED]

@@ -164,7 +164,7 @@ class Deduplication:
             members = groups[groups[:, 1] == first][: SHOWN_DOCUMENTS - 1, 0]
             lines += [f"{count + 1:,} documents", *map(self._describe, [first, *members]), ""]
         with atomic_path(self.output.folder / "largest_groups.txt") as path:
-            path.write_text("\n".join(lines))
+            path.write_text("\n".join(lines), encoding="utf-8")
         self.stages["group"].write(index, {"document": groups[:, 0], "first": groups[:, 1]})
 
     def _place(self, document: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
+from data_tools import shared_work
 from data_tools.documents import show_counts
 from megatron_m3.errors import ArtifactError
 from megatron_m3.manifest import (
@@ -21,7 +22,6 @@ from megatron_m3.manifest import (
     atomic_path,
     check_files,
     clear_half_written,
-    is_finished,
     read_manifest,
     write_manifest,
 )
@@ -177,7 +177,7 @@ class DocumentStore:
         return list(parquet.read_schema(self.folder / self.name(0)).names)
 
     def batches(self, index: int) -> Iterator["pyarrow.RecordBatch"]:
-        """The documents of block ``index``, at most 1,024 at a time; its checksum is compared first.
+        """The documents of block ``index``, at most 1,024 and a row group at a time; its checksum is compared first.
 
         Raises:
             ArtifactError: the block is not what was written.
@@ -186,8 +186,8 @@ class DocumentStore:
 
         check_files(self.folder, self.manifest, checksums=True, names=[self.name(index)])
         with parquet.ParquetFile(self.folder / self.name(index)) as file:
-            yield from file.iter_batches(BATCH_ROWS, use_threads=False)
-
+            for group in range(file.num_row_groups):
+                yield from file.iter_batches(BATCH_ROWS, row_groups=[group], use_threads=False)
 
     def row(self, index: int, row: int) -> dict[str, Any]:
         """One document of block ``index``; only its row group is read."""
@@ -210,7 +210,7 @@ def _row_group(path: Path, group: int) -> "pyarrow.Table":
 
 def is_made(folder: Path, inputs: dict[str, str], settings: dict[str, Any]) -> bool:
     """Whether the documents of this job are there already; says so."""
-    if not is_finished(folder, KIND, SCHEMA, inputs, settings):
+    if not shared_work.is_made(folder, KIND, SCHEMA, inputs, settings):
         return False
     print(f"{folder}: made already")
     return True

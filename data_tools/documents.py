@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from data_tools.pieces import LineCount, make_plan, settle
-from data_tools.records import SUFFIXES, BadRecordError, Document, Piece, read_records
+from data_tools.pieces import LineCount, make_plan, parts_of_names, settle
+from data_tools.records import SUFFIXES, BadRecordError, Document, Piece, in_batches, read_records
 from megatron_m3.errors import DataError
 from megatron_m3.manifest import Manifest, atomic_path, check_files, hash_file, hash_json, read_manifest
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 SKIPPED = "skipped.jsonl"
 NAMED = 3
 """Files that an error names."""
-BATCH = 512
-"""Documents that are worked on at a time."""
 
 
 def find_files(names: Sequence[str]) -> list[Path]:
@@ -45,8 +43,11 @@ def find_files(names: Sequence[str]) -> list[Path]:
         if path.is_dir() and (made := _artifact(path)):
             files += [path / file for file in made.files if file.endswith(SUFFIXES)]
         elif path.is_dir():
-            files += sorted(one for one in path.iterdir()
-                            if one.name.endswith(SUFFIXES) and one.name != SKIPPED and not one.is_dir())
+            there = sorted(one for one in path.iterdir() if one.name != SKIPPED and not one.is_dir())
+            files += (found := [one for one in there if one.name.endswith(SUFFIXES)])
+            if found and (others := [one.name for one in there if not one.name.endswith(SUFFIXES)]):
+                print(f"{path}: {len(others):,} files of unknown types are not read, such as {others[0]!r}",
+                      file=sys.stderr)
         elif not path.is_file():
             raise DataError(f"{path}: no such file")
         elif not path.name.endswith(SUFFIXES):
@@ -119,7 +120,8 @@ class Corpus:
         self.skipped = Skipped()
         self.selection: Selection | None = None
         """Which documents are given; all where there is none."""
-        self.pieces = [Piece(path) for path in self.files]
+        parts = parts_of_names(self.files)
+        self.pieces = [Piece(path, parts=parts) for path in self.files]
         self._manifests = {folder: _artifact(folder) for folder in dict.fromkeys(path.parent for path in self.files)}
         self._begin()
 
@@ -167,7 +169,7 @@ class Corpus:
         if self.selection is None:
             yield from self._read()
             return
-        for some in itertools.batched(self._read(), BATCH):
+        for some in in_batches(self._read()):
             chosen, places = self.selection.choose([document.id for document in some])
             self.selected += int(chosen.sum())
             self.places.append(places)
@@ -200,7 +202,7 @@ class Corpus:
         self.finish()
 
     def batches(self, label: str) -> Iterator[tuple[Document, ...]]:
-        """The documents, :data:`BATCH` at a time (the last may be fewer), with progress on stderr.
+        """The documents, some at a time, with progress on stderr.
 
         Raises:
             DataError: there was no usable document.
@@ -208,7 +210,7 @@ class Corpus:
         from megatron_m3.platform.progress import Progress
 
         with Progress(label, sum(piece.size for piece in self.pieces), "bytes") as progress:
-            for batch in itertools.batched(self, BATCH):
+            for batch in in_batches(self):
                 yield batch
                 progress.advance(self.bytes_read - progress.count)
         self.finish()

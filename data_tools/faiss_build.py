@@ -4,8 +4,9 @@ A file of an index depends in its last bits on the number of threads, as matrix 
 share is therefore done by one thread each.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -52,19 +53,27 @@ def make_faiss(factory: str, size: int, count: int) -> Any:
     """
     import faiss
 
-    try:
+    with refusals(factory, size, count):
         index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise _refused(factory, count, size, error) from None
     lists = _lists(index)
     if lists is not None and lists.nlist > count:
         raise ConfigError(f"factory={factory}: has more lists than the {count} vectors; try Flat")
     return index
 
 
-def _refused(factory: str, count: int, size: int, error: RuntimeError) -> ConfigError:
-    why = FAISS_PLACE.sub("", str(error).strip().splitlines()[0]).rpartition("Error: ")[2]
-    return ConfigError(f"factory={factory}: FAISS refuses it for {count} vectors of {size} numbers ({why}); try Flat")
+@contextlib.contextmanager
+def refusals(factory: str, size: int, count: int) -> Iterator[None]:
+    """What FAISS refuses meanwhile is an error that names ``factory``.
+
+    Raises:
+        ConfigError: it refused something.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        why = FAISS_PLACE.sub("", str(error).strip().splitlines()[0]).rpartition("Error: ")[2]
+        raise ConfigError(f"factory={factory}: FAISS refuses it for {count} vectors of {size} numbers ({why}); "
+                          "try Flat") from None
 
 
 def memory(index: Any, count: int) -> int:
@@ -103,10 +112,8 @@ def train_faiss(factory: str, size: int, sample: np.ndarray) -> Any:
     if lists is not None and faiss.get_num_gpus():
         on_gpus = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(lists.d, lists.quantizer.metric_type))
         lists.clustering_index = on_gpus
-    try:
+    with refusals(factory, size, len(sample)):
         index.train(sample)
-    except RuntimeError as error:
-        raise _refused(factory, len(sample), size, error) from None
     if lists is not None:
         lists.clustering_index = None
     return index

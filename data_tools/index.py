@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.embeddings import Embeddings
-from data_tools.shared_work import STAGES, Workers, clear_refused, stages
+from data_tools.shared_work import STAGES, Workers, clear_refused, is_made, stages
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import (
@@ -21,7 +21,6 @@ from megatron_m3.manifest import (
     Manifest,
     atomic_path,
     hash_file,
-    is_finished,
     map_block,
     read_manifest,
     write_manifest,
@@ -121,7 +120,7 @@ class IndexBuild:
         import faiss
         import numpy as np
 
-        from data_tools.faiss_build import encode, gives_codes
+        from data_tools.faiss_build import encode, gives_codes, refusals
 
         (trained, queries), vectors = self.load(), np.array(self.embeddings.block(index, check=True))
         with one_faiss_thread():
@@ -129,7 +128,8 @@ class IndexBuild:
         zeros = sum(self.embeddings.sizes[:index]) + np.flatnonzero(~vectors.any(axis=1))
         arrays: dict[str, np.ndarray] = {"scores": scores, "zeros": zeros}
         if gives_codes(trained):
-            arrays["codes"] = encode(trained, vectors)
+            with refusals(self.factory, self.embeddings.size, self.embeddings.count):
+                arrays["codes"] = encode(trained, vectors)
         self.encoded.write(index, arrays)
 
     def parts(self, name: str) -> Iterator["np.ndarray"]:
@@ -142,21 +142,23 @@ class IndexBuild:
         import faiss
         import numpy as np
 
-        from data_tools.faiss_build import add_codes, gives_codes, tune
+        from data_tools.faiss_build import add_codes, gives_codes, refusals, tune
 
         (whole, queries), self._loaded = self.load(), None
         info: dict[str, Any] = {}
         with one_faiss_thread(), self.output.writing(index, info) as path:
-            if gives_codes(whole):
-                add_codes(whole, lambda: self.parts("codes"))
-            else:
-                for block in self.embeddings.blocks():
-                    whole.add(np.ascontiguousarray(block))
+            with refusals(self.factory, self.embeddings.size, self.embeddings.count):
+                if gives_codes(whole):
+                    add_codes(whole, lambda: self.parts("codes"))
+                else:
+                    for block in self.embeddings.blocks():
+                        whole.add(np.ascontiguousarray(block))
             least = np.sort(np.concatenate(list(self.parts("scores")), axis=1), axis=1)[:, -self.k]
             found = tune(whole, self.options.recall, lambda: recall(whole, self.embeddings, queries, least, self.k))
             info |= {"vectors": self.embeddings.count, "size": self.embeddings.size, "queries": len(queries)} | found
             info["files"] = self.write_others(np.concatenate(list(self.parts("zeros"))))
-            faiss.write_index(whole, str(path))
+            with path.open("wb") as stream:  # FAISS by itself takes no notice of a disk that is full at the end
+                faiss.write_index(whole, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]
 
     def write_others(self, zeros: "np.ndarray") -> dict[str, Any]:
         """The embedder, and which references are never found; returns their entries of the manifest."""
@@ -180,6 +182,7 @@ def run(options: Options) -> None:
     """Do what is missing of the stages, then write the manifest; nothing is done when it is there already."""
     from data_tools.faiss_build import choose_factory
     from megatron_m3.references import ReferenceStore
+    from megatron_m3.retrieval.index import KIND, SCHEMA
 
     output, references = Path(options.output), ReferenceStore.open(options.references)
     embeddings = Embeddings(Path(options.embeddings), references.hash)
@@ -187,22 +190,12 @@ def run(options: Options) -> None:
     settings = {name: value for name, value in asdict(options).items() if name in ("recall", "sample", "queries")}
     settings["factory"] = options.factory or choose_factory(embeddings.count, embeddings.size)
 
-    if is_made(output, inputs, settings):
+    if is_made(output, KIND, SCHEMA, inputs, settings):
         print(f"{output}: made already")
         return
     announce(options, settings["factory"], embeddings)
     report(options, settings["factory"], build(options, settings, inputs, embeddings))
     print(output)
-
-
-def is_made(output: Path, inputs: dict[str, str], settings: dict[str, Any]) -> bool:
-    """Whether the output is there; whoever made it may have been killed before it cleared the stages."""
-    from megatron_m3.retrieval.index import KIND, SCHEMA
-
-    made = is_finished(output, KIND, SCHEMA, inputs, settings)
-    if made:
-        shutil.rmtree(output / STAGES, ignore_errors=True)
-    return made
 
 
 def build(options: Options, settings: dict[str, Any], inputs: dict[str, str], embeddings: Embeddings) -> dict[str, Any]:
@@ -212,7 +205,7 @@ def build(options: Options, settings: dict[str, Any], inputs: dict[str, str], em
     output = Path(options.output)
     work = IndexBuild(options, settings["factory"], embeddings,
                       {"kind": KIND, "schema": SCHEMA, "inputs": inputs, "settings": settings})
-    finished = stages(output / STAGES, lambda: is_made(output, inputs, settings))
+    finished = stages(output / STAGES, lambda: is_made(output, KIND, SCHEMA, inputs, settings))
     with clear_refused(output), finished, Workers(options.workers) as workers:
         workers.run("index, training", work.trained, [work.num_trained_on()], "vectors", work.train)
         workers.run("index, encoding", work.encoded, embeddings.sizes, "vectors", work.encode)
@@ -230,9 +223,10 @@ def announce(options: Options, factory: str, embeddings: Embeddings) -> None:
     Raises:
         ConfigError: FAISS cannot make it.
     """
-    from data_tools.faiss_build import make_faiss, memory
+    from data_tools.faiss_build import make_faiss, memory, refusals
 
-    size = memory(make_faiss(factory, embeddings.size, embeddings.count), embeddings.count)
+    with refusals(factory, embeddings.size, embeddings.count):
+        size = memory(make_faiss(factory, embeddings.size, embeddings.count), embeddings.count)
     why = "as asked" if options.factory else f"chosen for {embeddings.count:,} references"
     exact = ", every vector compared: exact" if factory == "Flat" else ""
     print(f"index: {factory} ({why}{exact}), about {size / 1e9:.3g} GB on disk and in memory", file=sys.stderr)

@@ -5,6 +5,7 @@ The model: lid.176.ftz, Joulin et al. 2016, CC BY-SA 3.0.
 
 import functools
 import importlib.util
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,6 @@ def _model() -> Any:
 
 def detect(text: str, characters: int) -> tuple[str, float]:
     """The language of the first ``characters`` characters (ISO 639 code) and the model's probability."""
-    line = " ".join(text[:characters].split())
+    line = unicodedata.normalize("NFC", " ".join(text[:characters].split()))
     labels, scores = _model().predict(line.lower() if line.isupper() else line)  # it saw few texts in capitals
     return (labels[0].removeprefix("__label__"), min(1.0, float(scores[0]))) if labels else ("unknown", 0.0)

@@ -217,8 +217,11 @@ def read_entries(files: Sequence[str], longest_gloss: int) -> list[Entry]:
     entries = []
     for name in files:
         try:
-            rows = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
-            entries += [Entry(row["id"], row["word"], row["gloss"], name) for row in rows]
+            rows = [json.loads(line) for line in Path(name).read_bytes().splitlines()]
+            found = [Entry(row["id"], row["word"], row["gloss"], name) for row in rows]
+            if not all(isinstance(field, str) for entry in found for field in entry):
+                raise TypeError("one that is not text")
+            entries += found
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{name}: not lines with id, word and gloss ({error}); mend it") from None
     return [entry for entry in entries if len(entry.gloss) <= longest_gloss]

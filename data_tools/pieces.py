@@ -9,10 +9,19 @@ PLAIN = (".jsonl", ".json", ".txt")
 """Types of file that can be cut into pieces."""
 
 
+def parts_of_names(files: Sequence[Path]) -> int:
+    """Fewest last parts of the paths that tell the files apart: 1 unless two in different folders are called the same.
+    """
+    distinct, parts = len({path.parts for path in files}), 1
+    while len({path.parts[-parts:] for path in files}) < distinct:
+        parts += 1
+    return parts
+
+
 def make_plan(files: Sequence[Path], block_bytes: int) -> Iterator[list[Piece]]:
     """The pieces of each block; depends on names and sizes of the files alone."""
     block: list[Piece] = []
-    filled = 0
+    filled, parts = 0, parts_of_names(files)
     for path in files:
         size = path.stat().st_size
         cuts = [*range(0, size, block_bytes)] if path.name.endswith(PLAIN) and size > block_bytes else [0]
@@ -22,7 +31,7 @@ def make_plan(files: Sequence[Path], block_bytes: int) -> Iterator[list[Piece]]:
             if block and filled + length > block_bytes:
                 yield block
                 block, filled = [], 0
-            block.append(Piece(path, start, stop))
+            block.append(Piece(path, start, stop, parts=parts))
             filled += length
     if block:
         yield block

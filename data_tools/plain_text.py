@@ -185,7 +185,7 @@ def read_avoided(files: Sequence[str]) -> Mentions:
     words = set()
     for name in files:
         try:
-            for line in Path(name).read_text(encoding="utf-8").splitlines():
+            for line in Path(name).read_bytes().splitlines():
                 texts = json.loads(line)["references"]
                 words |= {phrase(entry.partition(": ")[0]) for text in texts for entry in text.split("\n")}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

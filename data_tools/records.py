@@ -25,6 +25,12 @@ SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".t
             ".warc.gz", ".warc.wet", ".warc.wet.gz")
 ROUNDED = (float, list, dict)
 """What orjson may have made of a whole number that is too large for it."""
+BATCH = 512
+"""Documents that are worked on at a time."""
+BATCH_CHARACTERS = 1 << 22
+"""Fewer documents are, when they have so many characters together: tokens take some 40 bytes for each."""
+PARQUET_ROWS = 128
+"""Rows of a parquet file that are decoded at a time."""
 TOLD = 64
 """Lines from one look at the position in a file to the next: each is a call of the system."""
 
@@ -49,17 +55,33 @@ class Piece(NamedTuple):
     """None for the whole file."""
     lines_before: int | None = None
     """Lines of the file before ``start``, where they were counted."""
+    parts: int = 1
+    """Last parts of the path that are the file's name."""
 
     @property
     def name(self) -> str:
         """FILE, in Unicode; FILE@START where lines are counted from there."""
-        name = self.path.name.encode(errors="backslashreplace").decode()
+        name = "/".join(self.path.parts[-self.parts :]).encode(errors="backslashreplace").decode()
         return f"{name}@{self.start}" if self.start and self.lines_before is None else name
 
     @property
     def size(self) -> int:
         """Bytes in it."""
         return (self.path.stat().st_size if self.stop is None else self.stop) - self.start
+
+
+def in_batches[Row: tuple[str, ...]](rows: Iterable[Row]) -> Iterator[tuple[Row, ...]]:
+    """Documents, or rows that begin like them, as many at a time as are worked on."""
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row[1])
+        if len(batch) == BATCH or characters >= BATCH_CHARACTERS:
+            yield tuple(batch)
+            batch, characters = [], 0
+    if batch:
+        yield tuple(batch)
 
 
 def read_records(piece: Piece) -> Iterator[tuple[int, Document | BadRecordError, int]]:
@@ -94,7 +116,7 @@ def _document(record: Any, file: str, line: int) -> Document:
     if not text or text.isspace():
         raise BadRecordError("empty text")
     given = record.get("id")
-    document = Document(f"{file}:{line}" if given is None else str(given), text)
+    document = Document(f"{file}:{line}" if given in (None, "") else str(given), text)
     if not (text.isascii() and document.id.isascii()):
         try:
             "".join(document).encode()
@@ -116,7 +138,8 @@ def _read_lines(path: Path, start: int, stop: int | None) -> Records:
         if path.suffix == ".gz":
             stream = gzip.GzipFile(fileobj=raw)
         elif path.suffix == ".zst":
-            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
+            # a small buffer, as of a file that ends early its last content is lost
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
         lines = stream if stop is None else _lines_before(raw, stop)
         records = _text_records(lines) if ".txt" in path.suffixes[-2:] else _json_records(lines)
         position, look = start, 0
@@ -199,7 +222,7 @@ def _read_parquet(path: Path) -> Records:
             raise DataError(f"{path}: no column 'text' that holds text; its columns are {types}")
         columns = [name for name in ("id", "text") if name in types]
         row = 0
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
             ids = batch.column("id").to_pylist() if "id" in types else [None] * len(batch)
             for given, text in zip(ids, batch.column("text").cast(pyarrow.large_binary()).to_pylist(), strict=True):
                 row += 1

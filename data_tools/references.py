@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from data_tools.corpus_rows import Batches, CorpusRows, flat, token_rows
 from data_tools.documents import Corpus, show_counts
 from data_tools.selection import Select, Selection
-from data_tools.shared_work import STAGES, Workers, clear_refused, stages
+from data_tools.shared_work import STAGES, Workers, clear_refused, is_made, stages
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
-from megatron_m3.manifest import BlockFolder, Manifest, is_finished, write_manifest
+from megatron_m3.manifest import BlockFolder, Manifest, write_manifest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,13 +71,13 @@ def run(options: Options) -> None:
     inputs = {"corpus": corpus.hash, "tokenizer": tokenizer.hash} | options.select.inputs()
     settings = {"reference_length": options.reference_length, "block_size": options.block_size}
     settings |= options.select.settings()
-    is_made = functools.partial(is_finished, output, KIND, SCHEMA, inputs, settings)
-    if is_made():
+    is_there = functools.partial(is_made, output, KIND, SCHEMA, inputs, settings)
+    if is_there():
         print(f"{output}: made already")
         return
     corpus.check()
     job = {"kind": KIND, "schema": SCHEMA, "inputs": inputs, "settings": settings}
-    with clear_refused(output), stages(output / STAGES, is_made):
+    with clear_refused(output), stages(output / STAGES, is_there):
         counts, files = write_references(corpus, tokenizer, output, job, options)
         corpus.write_account(output, counts)
         info = counts | {"corpus": corpus.file_hashes}

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.documents import BATCH, Corpus
+from data_tools.documents import Corpus
+from data_tools.records import BATCH
 from data_tools.shared_work import STAGES, Workers
 from megatron_m3.config.checks import check_range
 from megatron_m3.config.schema import MAX_SEED

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from megatron_m3.errors import ArtifactError, ConfigError, M3Error
-from megatron_m3.manifest import BlockFolder
+from megatron_m3.manifest import BlockFolder, is_finished
 from megatron_m3.manifest.claims import CLAIMS, Claims
 
 POLL_SECONDS = 0.2
@@ -72,6 +72,14 @@ def _do(folder: Pieces, claims: Claims, index: int, do: Do) -> bool:
     finally:
         claims.release(str(index))
     return True
+
+
+def is_made(output: Path, kind: str, schema: int, inputs: dict[str, str], settings: dict[str, Any]) -> bool:
+    """:func:`is_finished`; whoever made it may have been killed before it cleared the stages."""
+    made = is_finished(output, kind, schema, inputs, settings)
+    if made:
+        shutil.rmtree(output / STAGES, ignore_errors=True)
+    return made
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_tools.corpus_rows import Batches, CorpusRows, flat, token_rows
 from data_tools.documents import Corpus, show_counts
-from data_tools.shared_work import STAGES, Workers, stages
+from data_tools.shared_work import STAGES, Workers, is_made, stages
 from megatron_m3.config import parse
 from megatron_m3.errors import ConfigError, exit_on_user_error
 from megatron_m3.manifest import (
@@ -25,7 +25,6 @@ from megatron_m3.manifest import (
     atomic_path,
     clear_half_written,
     hash_file,
-    is_finished,
     write_manifest,
 )
 
@@ -63,13 +62,13 @@ def run(options: Options) -> None:
 
     corpus, output, tokenizer = Corpus(options.input), Path(options.output), Tokenizer.load(options.tokenizer)
     inputs = {"corpus": corpus.hash, "tokenizer": tokenizer.hash}
-    is_made = functools.partial(is_finished, output, KIND, SCHEMA, inputs, {})
-    if is_made():
+    is_there = functools.partial(is_made, output, KIND, SCHEMA, inputs, {})
+    if is_there():
         print(f"{output}: made already")
         return
     corpus.check()
     job = {"kind": KIND, "schema": SCHEMA, "inputs": inputs}
-    with stages(output / STAGES, is_made):
+    with stages(output / STAGES, is_there):
         counts, files = write_tokens(corpus, tokenizer, output, job, options)
         corpus.write_account(output, counts)
         info = counts | {"corpus": corpus.file_hashes}

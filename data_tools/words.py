@@ -72,7 +72,7 @@ class Words(NamedTuple):
     letters: np.ndarray
     """int64 [texts]: characters that are letters or marks."""
     characters: np.ndarray
-    """int64 [texts]: characters of the texts as they were."""
+    """int64 [texts]: characters of the texts, composed."""
 
     @property
     def counts(self) -> np.ndarray:
@@ -114,6 +114,7 @@ def _split(texts: Sequence[str]) -> Words:
     lower = [unicodedata.normalize("NFC", text).lower() for text in texts]
     codes = np.frombuffer(" ".join([*lower, ""]).encode("utf-32-le"), "<u4")  # a space after each
     bounds = np.cumsum([0, *(len(text) + 1 for text in lower)])
+    characters = np.diff(bounds) - 1
     kinds = kinds_of_characters()[codes]
     alone, kept = kinds == ALONE, kinds != NOTHING
     letters = np.add.reduceat((kinds == LETTER) | alone, bounds[:-1], dtype=np.int64)
@@ -130,7 +131,7 @@ def _split(texts: Sequence[str]) -> Words:
     codes = codes[inside[1:]]
     lengths = ends - starts
     ends = np.cumsum(lengths + 1) - 1
-    return Words(codes, ends - lengths, ends, firsts, letters, np.array([len(text) for text in texts]))
+    return Words(codes, ends - lengths, ends, firsts, letters, characters)
 
 
 def _set_apart(

@@ -161,13 +161,15 @@ def test_what_drops_all_is_counted_and_the_next_job_takes_it(corpus, tmp_path):
         documents.Corpus([str(tmp_path / "unique")]).check()
 
 
-def test_files_of_any_name_are_read_and_folders_are_none(tmp_path):
+def test_files_of_any_name_are_read_and_folders_are_none(tmp_path, capsys):
     (tmp_path / "raw" / "folder.txt").mkdir(parents=True)
+    (tmp_path / "raw" / "more.jsonl.bz2").touch()
     (tmp_path / "raw" / os.fsdecode(b"n\xff.jsonl")).write_text('{"text": "good"}\n{\n')
     collect.run(collect.Options(input=(str(tmp_path / "raw"),), output=str(tmp_path / "out")))
     assert [(row["id"], row["text"]) for row in rows_of(tmp_path / "out")] == [("n\\udcff.jsonl:1", "good")]
     dropped = dropped_of(tmp_path / "out")
     assert [(one["file"], one["reason"]) for one in dropped] == [(f"{tmp_path}/raw/n\udcff.jsonl", "not JSON")]
+    assert "1 files of unknown types are not read, such as 'more.jsonl.bz2'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "message"), [

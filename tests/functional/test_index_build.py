@@ -1,6 +1,7 @@
 """Building the index in shared stages: the bytes of one pass by FAISS itself, whoever does what, and its recall."""
 
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -154,6 +155,20 @@ def test_damaged_vectors_are_refused_by_name(embeddings, tmp_path):
     assert not (tmp_path / "index" / "manifest.json").exists()
 
 
+def test_a_disk_that_is_full_at_the_last_bytes_of_the_index(embeddings, tmp_path):
+    """The file size limit stands for the full disk."""
+    build(options_for(tmp_path / "whole", "IVF16,Flat"), embeddings)
+    size, limits = (tmp_path / "whole" / "index.faiss").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 8, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            build(options_for(tmp_path / "full", "IVF16,Flat"), embeddings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    build(options_for(tmp_path / "full", "IVF16,Flat"), embeddings)
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def whole(embeddings, tmp_path_factory):
     """An index made without trouble."""
@@ -183,6 +198,15 @@ def test_too_few_vectors_to_train_leave_nothing(embeddings, tmp_path):
         faiss_build.make_faiss("IVF4096,Flat", SIZE, COUNT)
     with pytest.raises(ConfigError, match=r"numbers \(could not parse index string Flot\); try Flat"):
         faiss_build.make_faiss("Flot", SIZE, COUNT)
+
+
+@pytest.mark.parametrize("factory", ["IDMap,Flat", "IVF0,Flat", "NSG8"])
+def test_what_faiss_refuses_late_is_named_and_leaves_nothing(embeddings, tmp_path, factory):
+    options = options_for(tmp_path / "index", factory)
+    steps = [lambda: index.announce(options, factory, embeddings), lambda: build(options, embeddings)]
+    with pytest.raises(ConfigError, match=f"factory={factory}: FAISS refuses it"):
+        [step() for step in steps]
+    assert not (tmp_path / "index").exists()
 
 
 def test_a_refused_build_leaves_the_folder_to_another_that_waits_in_it(embeddings, tmp_path, monkeypatch):

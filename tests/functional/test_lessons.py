@@ -184,6 +184,16 @@ def test_what_documents_name_is_checked(
             assign.main(words)
 
 
+def test_more_entries_are_lines_of_texts(tmp_path: Path) -> None:
+    path, row = tmp_path / "entries.jsonl", {"id": "1", "word": "x", "gloss": "one\u2028line"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n")
+    assert [entry.gloss for entry in lessons.read_entries([str(path)], 20)] == [row["gloss"]]
+    for field in row:
+        path.write_text(json.dumps(row | {field: 7}))
+        with pytest.raises(DataError, match="not lines with id, word and gloss"):
+            lessons.read_entries([str(path)], 20)
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("documents", ("SL",)), ("documents", ("LS", "L")), ("orders", ("size",)), ("heldout", 4)]
 )

@@ -78,6 +78,10 @@ def test_the_bytes_do_not_depend_on_who_shares_the_work_or_is_killed(corpus, tmp
     run(options(**options_of(corpus, tmp_path / "workers"), workers=2, block_megabytes=1))
     assert contents(tmp_path / "workers") == alone
 
+    (tmp_path / "alone" / "stages").mkdir()  # as of a process that was killed when all but the clearing was done
+    run(options(**options_of(corpus, tmp_path / "alone")))
+    assert contents(tmp_path / "alone") == alone
+
 
 def test_lines_before_a_place_are_counted_once(tmp_path):
     data = b"".join(b"x" * (number * 37 % 90) + b"\n" for number in range(60_000))

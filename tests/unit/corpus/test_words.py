@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -111,6 +112,13 @@ def test_values_of_the_rules_are_those_of_the_definitions():
     assert broken == ("too few letters", pytest.approx(1 - letters / len(text)))
 
 
+def test_decomposed_letters_count_as_they_do_composed():
+    text = "박물관은 아홉 시에 열리고 표는 입구에서 판매됩니다 " * 9
+    for one in (text, unicodedata.normalize("NFD", text)):
+        [words] = split_words([one])
+        assert (words.letters.item(), words.characters.item()) == (9 * 22, 9 * 29)
+
+
 @pytest.mark.parametrize(("text", "language"), [
     ("The museum opens at nine, and the tickets are sold at the door.", "en"),
     ("THE MUSEUM OPENS AT NINE, AND THE TICKETS ARE SOLD AT THE DOOR.", "en"),
@@ -119,6 +127,7 @@ def test_values_of_the_rules_are_those_of_the_definitions():
     ("Le musée ouvre à neuf heures et les billets sont vendus à l'entrée.", "fr"),
     ("Музей открывается в девять часов, билеты продаются у входа.", "ru"),
     ("美術館は九時に開き、切符は入口で売られています。", "ja"),
+    (unicodedata.normalize("NFD", "박물관은 아홉 시에 열리고 표는 입구에서 판매됩니다."), "ko"),
 ])
 def test_language_of_a_sentence(text, language):
     found, score = detect(text + "\n" + text, 1000)
