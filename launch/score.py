@@ -33,8 +33,8 @@ class ScoreOptions:
     memory_tokens: str | None = None
     """Tokens kept of a reference for each key-value head: a number, or all; by default the checkpoint's."""
     codec: str = "none"
-    """Codec that memories pass through, trained on those of the input's own references: none, auto, or a FAISS factory
-    string."""
+    """Codec that memories pass through, trained on those of the input's own references: none, auto, fp8, KLT and a
+    number, or a FAISS factory string."""
     seed: int = 1234
     """Which other line's references mode shuffled takes, and the codec's sample."""
     dtype: Literal["fp32", "bf16"] | None = None

@@ -8,6 +8,7 @@ layer holds; lists are by head, then by layer.
 import hashlib
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ STATE_BITS = 9
 """Bits of a joint code that a number depends on."""
 BANK_SETTINGS = {"num_references", "block_size", "memory_layers", "num_kept_tokens", "selection", "spread", "prefix",
                  "reference_length", "num_kv_heads", "head_size", "codec", "token_bytes"}
+SHARD = re.compile(r"(?:folded_[0-9a-f]+/)?shard_(\d+)\.bin")
 RARE_SETTINGS = frozenset({"memory_heads"})
 """Of banks in which not all heads hold memory."""
 CODEC_SETTINGS = {"separate": {"kind", "name", "head_size", "dtype", "shared"},
@@ -50,7 +52,10 @@ class Bank:
         """
         self.folder = Path(folder)
         manifest = _read_manifest(self.folder, "bank")
+        if "edits" in manifest["settings"]:
+            raise BankError(f"{self.folder}: was edited; fold the edits in with `m3 bank compact`, then open it")
         _check_settings(self.folder, manifest, BANK_SETTINGS, RARE_SETTINGS)
+        self.shards = {int(match[1]): name for name in manifest["files"] if (match := SHARD.fullmatch(name))}
         for role in ("checkpoint", "tokenizer"):
             _check_input(self.folder, manifest, role, memory["hashes"][role])
         self.references_hash, self.settings = manifest["inputs"]["references"], manifest["settings"]
@@ -84,7 +89,7 @@ class Bank:
         if not 0 <= id < self.settings["num_references"]:
             raise BankError(f"{self.folder}: reference {id} is not in 0-{self.settings['num_references'] - 1}")
         sizes = [C * K * self.settings["token_bytes"], C * 2 * K, 4, 4 * G]
-        path = self.folder / f"shard_{id // in_shard:06d}.bin"
+        path = self.folder / self.shards[id // in_shard]
         with path.open("rb") as stream:
             stream.seek(id % in_shard * sum(sizes))
             parts = np.split(np.fromfile(stream, np.uint8, sum(sizes)), np.cumsum(sizes))
@@ -95,7 +100,8 @@ class Bank:
         if parts[3].tobytes() != np.array(sums, "<u4").tobytes():
             raise BankError(f"{path}: the record of reference {id} is damaged; build the bank again")
         positions_CK = torch.from_numpy(positions.copy().view("<i2").astype(np.int16))
-        kv_CXMD = self.decode(codes, positions_CK, int.from_bytes(num_kept.tobytes(), "little"))
+        kept = int.from_bytes(num_kept.tobytes(), "little")
+        kv_CXMD = self.decode(codes, positions_CK, kept) if kept else torch.zeros(C, 2, 0, self.settings["head_size"])
         kv_GLXMD = kv_CXMD.new_zeros(*self.held_LG.T.shape, *kv_CXMD.shape[1:])
         kv_GLXMD[self.held_LG.T] = kv_CXMD
         return kv_GLXMD.permute(1, 2, 0, 3, 4)
