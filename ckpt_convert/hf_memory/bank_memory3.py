@@ -25,8 +25,8 @@ STATE_BITS = 9
 BANK_SETTINGS = {"num_references", "block_size", "memory_layers", "num_kept_tokens", "selection", "spread", "prefix",
                  "reference_length", "num_kv_heads", "head_size", "codec", "token_bytes"}
 SHARD = re.compile(r"(?:folded_[0-9a-f]+/)?shard_(\d+)\.bin")
-RARE_SETTINGS = frozenset({"memory_heads"})
-"""Of banks in which not all heads hold memory."""
+RARE_SETTINGS = frozenset({"memory_heads", "scales"})
+"""Of banks in which not all heads hold memory, and of the codec fp8."""
 CODEC_SETTINGS = {"separate": {"kind", "name", "head_size", "dtype", "shared"},
                   "joint": {"kind", "name", "head_size", "num_heads"}}
 NEWER = "this modelling file does not know it; export the model again with a newer `m3 convert to-hf --memory`"
@@ -54,7 +54,7 @@ class Bank:
         manifest = _read_manifest(self.folder, "bank")
         if "edits" in manifest["settings"]:
             raise BankError(f"{self.folder}: was edited; fold the edits in with `m3 bank compact`, then open it")
-        _check_settings(self.folder, manifest, BANK_SETTINGS, RARE_SETTINGS)
+        _check_settings(self.folder, manifest, BANK_SETTINGS)
         self.shards = {int(match[1]): name for name in manifest["files"] if (match := SHARD.fullmatch(name))}
         for role in ("checkpoint", "tokenizer"):
             _check_input(self.folder, manifest, role, memory["hashes"][role])
@@ -129,9 +129,8 @@ def _read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     return manifest | {"hash": digest}
 
 
-def _check_settings(folder: Path, manifest: dict[str, Any], known: set[str],
-                    rare: frozenset[str] = frozenset()) -> None:
-    for name in sorted(known ^ (set(manifest["settings"]) - rare)):
+def _check_settings(folder: Path, manifest: dict[str, Any], known: set[str]) -> None:
+    for name in sorted(known ^ (set(manifest["settings"]) - RARE_SETTINGS)):
         raise BankError(f"{folder}: {manifest['kind']} setting {name}: {NEWER}")
 
 
@@ -156,10 +155,15 @@ def _open_codec(folder: Path, bank: dict[str, Any], held_LG: Tensor) -> Decode:
             raise BankError(f"{folder / name}: checksum differs from the manifest; build the bank again")
     if kind == "joint":
         return JointCodec(files["keys_and_values.safetensors"], settings, held_LG).decode
+    if settings["name"] == "fp8":
+        return SeparateCodec([_number_decoder(torch.float8_e4m3fn, scale) for scale in settings["scales"]]).decode
     if settings["name"] != "none":
         return SeparateCodec([_faiss_decoder(folder, data) for data in files.values()]).decode
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["dtype"]]
-    return SeparateCodec([lambda codes_KB: torch.from_numpy(codes_KB).view(dtype).float().numpy()]).decode
+    return SeparateCodec([_number_decoder({"fp32": torch.float32, "bf16": torch.bfloat16}[settings["dtype"]])]).decode
+
+
+def _number_decoder(dtype: torch.dtype, scale: float = 1.0) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda codes_KB: (torch.from_numpy(codes_KB).view(dtype).float() * scale).numpy()
 
 
 def _faiss_decoder(folder: Path, data: bytes) -> Callable[[np.ndarray], np.ndarray]:

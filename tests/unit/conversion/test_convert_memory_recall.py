@@ -22,7 +22,7 @@ from tests.tiny_model import joined_world, sentence, tiny_model
 
 FAMILIES = {"llama": {}, "qwen3": {"model__qk_norm": "true"}, "qwen2": {"model__qkv_bias": "true"}, "mistral": {}}
 BANKS = [("llama", "none", "all"), ("llama", "KLT12", "all"), ("qwen3", "none", "all"), ("qwen3", "SQ4", "all"),
-         ("qwen2", "KLT20", "all"), ("mistral", "SQ8", "all"), ("llama", "none", "1:1;2:0"),
+         ("qwen2", "KLT20", "all"), ("mistral", "fp8", "all"), ("llama", "none", "1:1;2:0"),
          ("qwen2", "KLT20", "1:1;2:0,1"), ("qwen3", "SQ4", "1:0,1;2:1")]
 PROMPT_WORDS, NEW_TOKENS = (0, 1, 5, 14), 20
 
