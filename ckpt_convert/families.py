@@ -13,6 +13,15 @@ ROPE_FIELDS = {
     "original_max_position_embeddings": "rope_original_positions",
 }
 """Settings of Llama 3's RoPE scaling: transformers' names and ours."""
+KINDS: dict[type, tuple[str, ...]] = {
+    str: ("model_type", "hidden_act", "rope_type", "type"),
+    int: ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
+          "original_max_position_embeddings"),
+    float: ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+    dict: ("rope_parameters", "rope_scaling", "quantization_config"),
+    list: ("layer_types",),
+}
+"""What fields hold that a config may do without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +71,7 @@ def read_config(fields: dict[str, Any], where: Path) -> tuple[str, ModelConfig]:
         UnsupportedError: names the field of a feature that our model does not have.
         ArtifactError: names a field that is missing or cannot be.
     """
+    fields = _given(fields, where)
     name = fields.get("model_type", "")
     _refuse(fields, name, where)
     heads = _number(fields, "num_attention_heads", where)
@@ -79,11 +89,21 @@ def read_config(fields: dict[str, Any], where: Path) -> tuple[str, ModelConfig]:
             tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
             qkv_bias=FAMILIES[name].qkv_bias,
             qk_norm=FAMILIES[name].qk_norm,
-            max_positions=int(fields.get("max_position_embeddings") or 0),
+            max_positions=fields.get("max_position_embeddings", 0),
             **_rope(fields, where),
         )
     except ConfigError as error:
         raise ArtifactError(f"{where}: {error}") from None
+
+
+def _given(fields: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The fields that say something: null is nothing, but a sliding window that is null is none."""
+    given = {name: value for name, value in fields.items() if value is not None or name == "sliding_window"}
+    for kind, names in KINDS.items():
+        for name in names:
+            if not isinstance(given.get(name), (kind, int, type(None)) if kind is float else (kind, type(None))):
+                raise ArtifactError(f"{where}: {name} cannot be {given[name]!r}; take a complete model")
+    return given
 
 
 def _number(fields: dict[str, Any], name: str, where: Path) -> int:
@@ -117,7 +137,7 @@ def _refuse(fields: dict[str, Any], name: str, where: Path) -> None:
     if partial not in (None, 1, 1.0):
         refuse("partial_rotary_factor", partial, "every number of a head is rotated; partial rotation is not supported")
     window = fields.get("sliding_window", FAMILIES[name].sliding_window)
-    used = fields.get("use_sliding_window", name == "mistral")
+    used = name == "mistral" or fields.get("use_sliding_window")
     if used and window and window < (fields.get("max_position_embeddings") or window + 1):
         refuse("sliding_window", window, "sliding-window attention is not supported")
     if any(kind != "full_attention" for kind in fields.get("layer_types") or ()):
@@ -126,7 +146,7 @@ def _refuse(fields: dict[str, Any], name: str, where: Path) -> None:
 
 def _rope(fields: dict[str, Any], where: Path) -> dict[str, Any]:
     """Our rotary settings from transformers 5's ``rope_parameters``, or the older rope_theta and rope_scaling."""
-    parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    parameters = _given(fields.get("rope_parameters") or fields.get("rope_scaling") or {}, where)
     theta = parameters.get("rope_theta", fields.get("rope_theta", 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default" and not any(isinstance(value, dict) for value in parameters.values()):
@@ -137,7 +157,7 @@ def _rope(fields: dict[str, Any], where: Path) -> dict[str, Any]:
     if missing:
         raise ArtifactError(f"{where}: rope_scaling lacks {missing[0]}; take a complete model")
     values: dict[str, Any] = {ours: float(parameters[name]) for name, ours in ROPE_FIELDS.items()}
-    values["rope_original_positions"] = int(values["rope_original_positions"])
+    values["rope_original_positions"] = parameters["original_max_position_embeddings"]
     return {"rope_theta": float(theta), "rope_scaling": "llama3", **values}
 
 

@@ -1,4 +1,9 @@
-"""``m3 convert from-hf SOURCE OUTPUT``: a Hugging Face folder or a GGUF file becomes one of our checkpoints."""
+"""`m3 convert from-hf SOURCE OUTPUT`: a Hugging Face folder or a GGUF file becomes one of our checkpoints.
+
+    m3 convert from-hf SmolLM2-135M-Instruct.Q4_1.gguf run
+    m3 convert verify SmolLM2-135M-Instruct.Q4_1.gguf run
+    m3 generate --checkpoint run --no-memory --prompt "The heron is"
+"""
 
 import json
 import sys

@@ -41,7 +41,9 @@ def gguf_fields(reader: "GGUFReader", where: Path) -> dict[str, Any]:
             raise UnsupportedError(f"{where}: {name} differs between layers; all layers must be alike")
         if isinstance(value, float):
             found[name] = float(f"{value:.7g}")  # stored in single precision
-    scaling = values.get(f"{architecture}.rope.scaling.type", "none")
+    # llama.cpp takes a factor without a type for a linear one, under an older name too
+    factor = values.get(f"{architecture}.rope.scaling.factor", values.get(f"{architecture}.rope.scale_linear", 1))
+    scaling = values.get(f"{architecture}.rope.scaling.type", "none" if factor in (0, 1) else "linear")
     if scaling != "none":
         raise UnsupportedError(f"{where}: rope.scaling.type={scaling}: RoPE scaling other than llama3 is not supported")
     head = found.get("head_dim") or found.get("hidden_size", 0) // (found.get("num_attention_heads") or 1)

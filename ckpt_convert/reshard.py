@@ -1,7 +1,7 @@
-"""``m3 convert reshard SOURCE OUTPUT --tensor T --pipeline P``: the weights of a checkpoint, in one file for each rank.
+"""`m3 convert reshard SOURCE OUTPUT --tensor T --pipeline P`: the weights of a checkpoint, in one file for each rank.
 
 A checkpoint loads at any layout anyway; this lays its files out so that every rank of one layout reads its own.
-Optimizer and generators are left behind: start from the result with ``training.init_from``, or generate with it.
+Optimizer and generators are left behind: start from the result with `training.init_from`, or generate with it.
 """
 
 import json

@@ -118,8 +118,7 @@ class FileSource(Source):
     def _check(self) -> None:
         """Compare names and shapes with those of the family."""
         expected = their_shapes(self.model)
-        if self.model.tie_embeddings and "lm_head.weight" in self.tensors:
-            self._check_tied()
+        output = self.tensors.pop("lm_head.weight", None) if self.model.tie_embeddings else None
         for name, shape in expected.items():
             if name not in self.tensors:
                 raise ArtifactError(f"{self.path}: tensor {name} is missing; take a complete model")
@@ -130,14 +129,17 @@ class FileSource(Source):
             if name not in expected:
                 raise UnsupportedError(f"{self.path}: tensor {name} is none of a {self.family} model's; "
                                        "it would be lost")
+        if output is not None:
+            self._check_tied(output)
 
-    def _check_tied(self) -> None:
-        """Leave out the output projection of a tied model, if it is the embedding."""
-        output = self.tensors.pop("lm_head.weight")
-        for first, last, rows in self.bands("model.embed_tokens.weight"):
-            if output.shape[0] < last or not output.rows(first, last).equal(rows):
-                raise ArtifactError(f"{self.path}: lm_head.weight differs from the embedding, but the config has "
-                                    "tie_word_embeddings=true; set it to false if both are meant")
+    def _check_tied(self, output: StoredTensor) -> None:
+        """Refuse a tied model's output projection if it is not the embedding."""
+        name = "model.embed_tokens.weight"
+        if output.shape != self.tensors[name].shape or not all(
+            output.rows(first, last).equal(rows) for first, last, rows in self.bands(name)
+        ):
+            raise ArtifactError(f"{self.path}: lm_head.weight differs from the embedding, but the config has "
+                                "tie_word_embeddings=true; set it to false if both are meant")
 
     def rows(self, name: str, first: int, last: int) -> "torch.Tensor":
         """See :class:`Source`."""
@@ -202,10 +204,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def open_folder(folder: Path) -> FileSource:
     """A folder with config.json and safetensors, in one file or several."""
     family, model = read_config(read_json(folder / "config.json"), folder / "config.json")
-    if (folder / INDEX).is_file():
-        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    elif (folder / SINGLE).is_file():
+    if (folder / SINGLE).is_file():  # before an index that another saving may have left, as transformers does
         files = [SINGLE]
+    elif (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ArtifactError(f"{folder / INDEX}: weight_map is missing; take a complete model")
+        files = sorted({str(file) for file in weight_map.values()})
     else:
         raise UnsupportedError(f"{folder}: no {SINGLE} and no {INDEX}; save the model as safetensors")
     tensors: dict[str, StoredTensor] = {}
@@ -217,15 +222,18 @@ def open_folder(folder: Path) -> FileSource:
 def _safetensors(path: Path) -> dict[str, StoredTensor]:
     """Where each tensor of a safetensors file lies."""
     import torch
+    from safetensors import SafetensorError, safe_open
 
     try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        size = path.stat().st_size - 8 - length
-        header.pop("__metadata__", None)
-    except (OSError, ValueError, MemoryError):
-        raise ArtifactError(f"{path}: missing or not a safetensors file; get the file again") from None
+        with safe_open(path, "pt"):  # checks types, sizes and places of all tensors
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: missing, cut short or not a safetensors file ({error}); get the file again"
+                            ) from None
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
         if name.endswith(IGNORED):
@@ -233,8 +241,6 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise UnsupportedError(f"{path}: tensor {name} is of type {entry['dtype']}; known are fp32, bf16 and fp16")
         first, last = entry["data_offsets"]
-        if last > size:
-            raise ArtifactError(f"{path}: cut short before the end of {name}; get the file again")
         shape = tuple(entry["shape"])
         found[name] = StoredTensor(
             path=path, offset=8 + length + first, shape=shape, row_bytes=(last - first) // (shape[0] if shape else 1),
@@ -251,9 +257,11 @@ def open_gguf(path: Path) -> FileSource:
 
     try:
         reader = GGUFReader(path)
+        fields = gguf_fields(reader, path)
     except (ValueError, OSError, IndexError) as error:
         raise ArtifactError(f"{path}: not a readable GGUF file ({error}); get the file again") from None
-    fields = gguf_fields(reader, path)
+    if reader.byte_order == "S":
+        raise UnsupportedError(f"{path}: made for machines of the other byte order; take a file made for this one")
     family, model = read_config(fields, path)
     stored = _gguf_tensors(path, reader)
     scaling = stored.pop("rope_freqs.weight", None)

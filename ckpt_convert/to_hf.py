@@ -1,4 +1,8 @@
-"""``m3 convert to-hf SOURCE OUTPUT``: one of our checkpoints becomes a folder that transformers loads."""
+"""`m3 convert to-hf SOURCE OUTPUT`: one of our checkpoints becomes a folder that transformers loads.
+
+    m3 convert to-hf run folder
+    m3 convert to-hf run folder --memory          with recall from a memory bank, see docs/conversion.md
+"""
 
 import json
 import re

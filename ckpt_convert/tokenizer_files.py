@@ -27,11 +27,14 @@ def find_special_tokens(folder: Path) -> dict[str, str]:
     A family without BOS (Qwen) begins texts with its end-of-text token, else with its padding, else with its EOS.
 
     Raises:
-        ArtifactError: no EOS is named, or one that the vocabulary lacks.
+        ArtifactError: a damaged file; no EOS is named, or one that the vocabulary lacks.
     """
     import tokenizers
 
-    backend = tokenizers.Tokenizer.from_file(str(folder / FILE))
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(folder / FILE))
+    except Exception as error:  # the library has no narrower one
+        raise ArtifactError(f"{folder / FILE}: not a readable tokenizer ({error}); take a complete model") from None
     named: dict[str, Any] = {}
     for name in ("special_tokens_map.json", CONFIG):
         if (folder / name).is_file():
@@ -45,7 +48,7 @@ def find_special_tokens(folder: Path) -> dict[str, str]:
             numbers = config.get(f"{role}_token_id")
             number = numbers[0] if isinstance(numbers, list) and numbers else numbers
             value = backend.id_to_token(number) if isinstance(number, int) else None
-        return value if value is None or backend.token_to_id(value) is not None else None
+        return value if isinstance(value, str) and backend.token_to_id(value) is not None else None
 
     eos = token("eos")
     if eos is None:

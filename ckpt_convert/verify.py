@@ -1,7 +1,7 @@
-"""``m3 convert verify A B``: the same tensors, logits, greedy tokens and token ids, and a check that notices a fault.
+"""`m3 convert verify A B`: the same tensors, logits, greedy tokens and token ids, and a check that notices a fault.
 
 A and B are each a Hugging Face folder, a GGUF file, or a checkpoint. Exit status 1 tells that they differ. At other
-layouts: ``torchrun --nproc-per-node 3 -m ckpt_convert.verify A B --tensor 3``.
+layouts: `torchrun --nproc-per-node 3 -m ckpt_convert.verify A B --tensor 3`.
 """
 
 import json

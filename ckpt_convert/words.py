@@ -12,10 +12,10 @@ def parse_words[T](cls: type[T], argv: Sequence[str] | None, job: str, descripti
     """Parse ``argv`` into the dataclass ``cls``; words that belong to no option are the fields ``names``, in order."""
     hints = typing.get_type_hints(cls)
     flags = {f"--{one.name.replace('_', '-')}" for one in dataclasses.fields(typing.cast("type[typing.Any]", cls))
-             if hints[one.name] is bool}
+             if hints[one.name] is bool} | {"-h", "--help"}
     left, words, is_value = list(names), [], False
     for word in sys.argv[1:] if argv is None else argv:
-        if word.startswith("--"):
+        if word.startswith("--") or word == "-h":
             is_value = "=" not in word and word.replace("_", "-") not in flags
             words.append(word)
         elif is_value or not left:

@@ -1,4 +1,8 @@
-"""``m3 cost``: the cost of knowledge in each format, and the size of a memory bank, for any model shape."""
+"""`m3 cost`: the cost of knowledge in each format, and the size of a memory bank, for any model shape.
+
+    m3 cost --recipe m3-2b --plot cost.png
+    m3 cost --recipe m3-0.9b --memory.tokens 16 --references 1000000 --gpus 64
+"""
 
 import json
 import sys

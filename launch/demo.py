@@ -73,6 +73,8 @@ def run_steps(steps: Sequence[Step], run: Path, first: int, last: int) -> dict[s
     Raises:
         M3Error: a step failed; what it said stands above.
     """
+    from megatron_m3.manifest import atomic_path
+
     seconds: dict[str, float] = {}
     chain = hashlib.sha256()
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -88,8 +90,8 @@ def run_steps(steps: Sequence[Step], run: Path, first: int, last: int) -> dict[s
         if subprocess.run(step.command, env=environment, check=False).returncode:
             raise M3Error(f"step {step.name} failed: its message stands above; mend it and run the demo again")
         seconds[step.name] = time.monotonic() - start
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(json.dumps({"seconds": seconds[step.name]}) + "\n")
+        with atomic_path(stamp) as temporary:
+            temporary.write_text(json.dumps({"seconds": seconds[step.name]}) + "\n")
     return seconds
 
 

@@ -1,4 +1,8 @@
-"""``m3 generate``: continue prompts with recall every 64 tokens, showing which references each chunk read."""
+"""`m3 generate`: continue prompts with recall every 64 tokens, showing which references each chunk read.
+
+    m3 generate --checkpoint run --references references --index index --bank bank --prompt "The heron is"
+    m3 generate --checkpoint run --no-memory --prompt "The heron is"
+"""
 
 import json
 import sys

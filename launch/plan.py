@@ -32,7 +32,7 @@ class PlanOptions(Config):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan as a table or JSON."""
-    options = parse_run(PlanOptions, argv, "m3 plan", "Show how a pipeline divides a model.")
+    options = parse_run(PlanOptions, argv, "m3 plan", __doc__ or "")
     from megatron_m3.evaluation.pipeline_plan import pipeline_plan, plan_table
 
     processes = options.processes or options.parallel.tensor * options.parallel.pipeline

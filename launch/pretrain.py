@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def parse_config(argv: Sequence[str] | None) -> Config:
     """The settings of a training run."""
-    return parse_run(Config, argv, "m3 pretrain", "Train a model.")
+    return parse_run(Config, argv, "m3 pretrain", __doc__ or "")
 
 
 def parse_run[T: Config](cls: type[T], argv: Sequence[str] | None, prog: str, what: str) -> T:
@@ -40,7 +40,7 @@ def parse_run[T: Config](cls: type[T], argv: Sequence[str] | None, prog: str, wh
     """
     parser = make_parser(
         cls, prog,
-        f"{what} Start from a recipe or a config file; every option below replaces one field of it.\n"
+        f"{what.strip()}\n\nStart from a recipe or a config file; every option below replaces one field of it.\n"
         "The defaults shown are those without a recipe.",
     )
     parser.usage = "%(prog)s --recipe NAME|--config FILE [options]"

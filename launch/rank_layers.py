@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from launch.score import check_output
 from megatron_m3.config import parse, replace_fields
 from megatron_m3.errors import ConfigError, exit_on_user_error
 
@@ -98,6 +99,7 @@ def rank(options: RankOptions) -> dict[str, Any]:
     from megatron_m3.platform.progress import Progress
 
     started = time.perf_counter()
+    check_output(options.output, options.input)
     loaded = load_model(Path(options.checkpoint), dtype=options.dtype)
     size = RecordSize.of(loaded.config, options.tokens, token_bytes(options.codec, loaded.config.model.head_size))
     num_layers, num_heads = size.targets(options)

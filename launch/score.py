@@ -1,4 +1,12 @@
-"""``m3 score``: the loss of targets after contexts, with explicit memories, with text in the prompt, or without."""
+"""`m3 score`: the loss of targets after contexts, with explicit memories, with text in the prompt, or without.
+
+    m3 score --checkpoint run --input lines.jsonl --mode none --output none.jsonl
+    m3 score --checkpoint run --input lines.jsonl --mode explicit --output explicit.jsonl
+
+What the first prints less what the second prints is what the memories of the lines' own references save. A line:
+
+    {"id": 1, "context": "The word heron means", "target": " a bird", "references": ["heron: a bird"]}
+"""
 
 import json
 import os
@@ -33,8 +41,8 @@ class ScoreOptions:
     memory_tokens: str | None = None
     """Tokens kept of a reference for each key-value head: a number, or all; by default the checkpoint's."""
     codec: str = "none"
-    """Codec that memories pass through, trained on those of the input's own references: none, auto, or a FAISS factory
-    string."""
+    """Codec that memories pass through, trained on those of the input's own references: none, auto, fp8, KLT and a
+    number, or a FAISS factory string."""
     seed: int = 1234
     """Which other line's references mode shuffled takes, and the codec's sample."""
     dtype: Literal["fp32", "bf16"] | None = None
@@ -79,7 +87,7 @@ def score(options: ScoreOptions) -> dict[str, Any]:
     from megatron_m3.platform.progress import Progress
 
     started = time.perf_counter()
-    check_output(options)
+    check_output(options.output, options.input)
     loaded = load_model(Path(options.checkpoint), dtype=options.dtype)
     given = {"memory.layers": options.memory_layers, "memory.heads": options.memory_heads,
              "memory.tokens": options.memory_tokens}
@@ -119,16 +127,16 @@ def score(options: ScoreOptions) -> dict[str, Any]:
     return summary
 
 
-def check_output(options: ScoreOptions) -> None:
-    """Refuse, before anything is scored, an output that is the input or that could not be written."""
-    output = Path(options.output)
-    if not options.output or (output.exists() and not output.is_file()):
-        raise ConfigError(f"output={options.output}: not the name of a file; name one to write")
-    if output.resolve() == Path(options.input).resolve():
-        raise ConfigError(f"output={options.output}: is the input file, which would be lost; name another file")
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
+def check_output(output: str, input: str) -> None:
+    """Refuse, before anything is computed, an output that is the input or that could not be written."""
+    path = Path(output)
+    if not output or (path.exists() and not path.is_file()):
+        raise ConfigError(f"output={output}: not the name of a file; name one to write")
+    if path.resolve() == Path(input).resolve():
+        raise ConfigError(f"output={output}: is the input file, which would be lost; name another file")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"output={options.output}: {parent} is no folder that can be written; choose another")
+        raise ConfigError(f"output={output}: {parent} is no folder that can be written; choose another")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ layer holds; lists are by head, then by layer.
 import hashlib
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +24,9 @@ STATE_BITS = 9
 """Bits of a joint code that a number depends on."""
 BANK_SETTINGS = {"num_references", "block_size", "memory_layers", "num_kept_tokens", "selection", "spread", "prefix",
                  "reference_length", "num_kv_heads", "head_size", "codec", "token_bytes"}
-RARE_SETTINGS = frozenset({"memory_heads"})
-"""Of banks in which not all heads hold memory."""
+SHARD = re.compile(r"(?:folded_[0-9a-f]+/)?shard_(\d+)\.bin")
+RARE_SETTINGS = frozenset({"memory_heads", "scales"})
+"""Of banks in which not all heads hold memory, and of the codec fp8."""
 CODEC_SETTINGS = {"separate": {"kind", "name", "head_size", "dtype", "shared"},
                   "joint": {"kind", "name", "head_size", "num_heads"}}
 NEWER = "this modelling file does not know it; export the model again with a newer `m3 convert to-hf --memory`"
@@ -50,7 +52,10 @@ class Bank:
         """
         self.folder = Path(folder)
         manifest = _read_manifest(self.folder, "bank")
-        _check_settings(self.folder, manifest, BANK_SETTINGS, RARE_SETTINGS)
+        if "edits" in manifest["settings"]:
+            raise BankError(f"{self.folder}: was edited; fold the edits in with `m3 bank compact`, then open it")
+        _check_settings(self.folder, manifest, BANK_SETTINGS)
+        self.shards = {int(match[1]): name for name in manifest["files"] if (match := SHARD.fullmatch(name))}
         for role in ("checkpoint", "tokenizer"):
             _check_input(self.folder, manifest, role, memory["hashes"][role])
         self.references_hash, self.settings = manifest["inputs"]["references"], manifest["settings"]
@@ -84,7 +89,7 @@ class Bank:
         if not 0 <= id < self.settings["num_references"]:
             raise BankError(f"{self.folder}: reference {id} is not in 0-{self.settings['num_references'] - 1}")
         sizes = [C * K * self.settings["token_bytes"], C * 2 * K, 4, 4 * G]
-        path = self.folder / f"shard_{id // in_shard:06d}.bin"
+        path = self.folder / self.shards[id // in_shard]
         with path.open("rb") as stream:
             stream.seek(id % in_shard * sum(sizes))
             parts = np.split(np.fromfile(stream, np.uint8, sum(sizes)), np.cumsum(sizes))
@@ -95,7 +100,8 @@ class Bank:
         if parts[3].tobytes() != np.array(sums, "<u4").tobytes():
             raise BankError(f"{path}: the record of reference {id} is damaged; build the bank again")
         positions_CK = torch.from_numpy(positions.copy().view("<i2").astype(np.int16))
-        kv_CXMD = self.decode(codes, positions_CK, int.from_bytes(num_kept.tobytes(), "little"))
+        kept = int.from_bytes(num_kept.tobytes(), "little")
+        kv_CXMD = self.decode(codes, positions_CK, kept) if kept else torch.zeros(C, 2, 0, self.settings["head_size"])
         kv_GLXMD = kv_CXMD.new_zeros(*self.held_LG.T.shape, *kv_CXMD.shape[1:])
         kv_GLXMD[self.held_LG.T] = kv_CXMD
         return kv_GLXMD.permute(1, 2, 0, 3, 4)
@@ -123,9 +129,8 @@ def _read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     return manifest | {"hash": digest}
 
 
-def _check_settings(folder: Path, manifest: dict[str, Any], known: set[str],
-                    rare: frozenset[str] = frozenset()) -> None:
-    for name in sorted(known ^ (set(manifest["settings"]) - rare)):
+def _check_settings(folder: Path, manifest: dict[str, Any], known: set[str]) -> None:
+    for name in sorted(known ^ (set(manifest["settings"]) - RARE_SETTINGS)):
         raise BankError(f"{folder}: {manifest['kind']} setting {name}: {NEWER}")
 
 
@@ -150,10 +155,15 @@ def _open_codec(folder: Path, bank: dict[str, Any], held_LG: Tensor) -> Decode:
             raise BankError(f"{folder / name}: checksum differs from the manifest; build the bank again")
     if kind == "joint":
         return JointCodec(files["keys_and_values.safetensors"], settings, held_LG).decode
+    if settings["name"] == "fp8":
+        return SeparateCodec([_number_decoder(torch.float8_e4m3fn, scale) for scale in settings["scales"]]).decode
     if settings["name"] != "none":
         return SeparateCodec([_faiss_decoder(folder, data) for data in files.values()]).decode
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["dtype"]]
-    return SeparateCodec([lambda codes_KB: torch.from_numpy(codes_KB).view(dtype).float().numpy()]).decode
+    return SeparateCodec([_number_decoder({"fp32": torch.float32, "bf16": torch.bfloat16}[settings["dtype"]])]).decode
+
+
+def _number_decoder(dtype: torch.dtype, scale: float = 1.0) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda codes_KB: (torch.from_numpy(codes_KB).view(dtype).float() * scale).numpy()
 
 
 def _faiss_decoder(folder: Path, data: bytes) -> Callable[[np.ndarray], np.ndarray]:

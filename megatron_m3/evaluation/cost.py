@@ -53,17 +53,22 @@ def write_memory_flops(config: Config, length: int) -> float:
 
 def knowledge_cost(config: Config) -> KnowledgeCost:
     """Appendix A for any shape, with ``data.sequence_length`` as the length of a training sequence."""
-    model, memory = config.model, config.memory
-    length, layers = memory.reference_length, config.memory_layers
+    model, memory, length = config.model, config.memory, config.memory.reference_length
+    memory_layers = _num_lists(config) / model.num_kv_heads  # as many with all their heads would read as much
     projection, mlp = projection_flops(model, length), mlp_flops(model, length)
     training = projection + mlp + attention_flops(model, length * config.data.sequence_length / 2)
     prompt = projection + attention_flops(model, length * (length / 2 + memory.chunk_length))
     return KnowledgeCost(
         write_parameters=(1 + BACKWARD) * (model.num_layers * training + output_flops(model, length)),
         write_memory=write_memory_flops(config, length),
-        read_memory=len(layers) * attention_flops(model, memory.chunk_length * memory.num_kept_tokens),
+        read_memory=memory_layers * attention_flops(model, memory.chunk_length * memory.num_kept_tokens),
         read_text=model.num_layers * prompt + (model.num_layers - 1) * mlp,
     )
+
+
+def _num_lists(config: Config) -> int:
+    """Pairs of a layer and a key-value head that hold memory."""
+    return sum(map(len, config.memory_heads.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,7 @@ class BankSize:
     dense: int
     """Every layer, every query head, every token, 16 bits."""
     sparse: int
-    """Memory layers, key-value heads, kept tokens, 16 bits."""
+    """Memory layers, memory heads, kept tokens, 16 bits."""
     compressed: int
     """The same, each key or value vector as one code."""
     factors: dict[str, float]
@@ -82,8 +87,8 @@ class BankSize:
 
 def bank_size(config: Config, codec_bytes: int) -> BankSize:
     """Bytes of one full reference, with ``codec_bytes`` for each compressed key or value vector."""
-    model, memory = config.model, config.memory
-    vectors = len(config.memory_layers) * 2 * model.num_kv_heads * memory.num_kept_tokens
+    model, memory, num_lists = config.model, config.memory, _num_lists(config)
+    vectors = num_lists * 2 * memory.num_kept_tokens
     dense_vectors = model.num_layers * 2 * model.num_heads * memory.reference_length
     vector_bytes = model.head_size * BYTES_PER_NUMBER
     return BankSize(
@@ -92,7 +97,7 @@ def bank_size(config: Config, codec_bytes: int) -> BankSize:
         compressed=vectors * codec_bytes,
         factors={
             "layers": model.num_layers / len(config.memory_layers),
-            "heads": model.num_heads / model.num_kv_heads,
+            "heads": model.num_heads * len(config.memory_layers) / num_lists,
             "tokens": memory.reference_length / memory.num_kept_tokens,
             "codec": vector_bytes / codec_bytes,
         },

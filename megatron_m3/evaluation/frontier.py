@@ -158,7 +158,9 @@ class Frontier:
     def key(self, point: Point, block: range) -> str:
         """What names a row: checkpoint, inputs, settings and lines."""
         memory = json.dumps(asdict(self.scorers[point].config.memory), sort_keys=True)
-        settings = hashlib.sha256(f"{memory} {self.seed}".encode()).hexdigest()[:16]
+        # whose references a line gets depends on how many lines there are
+        drawn = f"{self.seed} {len(self.examples['explicit'])}" if point.mode == "shuffled" else f"{self.seed}"
+        settings = hashlib.sha256(f"{memory} {drawn}".encode()).hexdigest()[:16]
         return " ".join([*self.identity, settings, point.name, f"{block.start}-{block.stop}"])
 
     def missing(self, results: ResultFile) -> list[tuple[range, list[Point]]]:

@@ -33,6 +33,13 @@ def test_words_may_stand_anywhere(words: list[str]) -> None:
     assert found == FromOptions(source="a", output="b", dtype="bf16", json=True)
 
 
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_is_no_word(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse_words(FromOptions, [word, "a"], "m3 convert from-hf", "", ("source", "output"))
+    assert "--memory-layers" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [["a"], ["a", "b", "c"], ["a", "b", "--experts", "2"]])
 def test_too_few_or_unknown_words_are_refused(words: list[str]) -> None:
     with pytest.raises(M3Error):

@@ -110,7 +110,8 @@ def test_llama_3s_scaling_is_read_off_its_factors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value", "reason"), [
     ("expert_count", 8, "num_experts=8"), ("attention.sliding_window", 128, "sliding_window=128"),
-    ("rope.scaling.type", "yarn", "rope.scaling.type=yarn"), ("attention.value_length", 8, "attention.value_length=8"),
+    ("rope.scaling.type", "yarn", "rope.scaling.type=yarn"), ("rope.scaling.factor", 4, "rope.scaling.type=linear"),
+    ("rope.scale_linear", 2, "rope.scaling.type=linear"), ("attention.value_length", 8, "attention.value_length=8"),
 ])
 def test_metadata_of_other_models_is_refused_by_name(tmp_path: Path, name: str, value: int | str, reason: str) -> None:
     folder = make_model(tmp_path / "hf", "qwen3")

@@ -22,7 +22,7 @@ from tests.tiny_model import joined_world, sentence, tiny_model
 
 FAMILIES = {"llama": {}, "qwen3": {"model__qk_norm": "true"}, "qwen2": {"model__qkv_bias": "true"}, "mistral": {}}
 BANKS = [("llama", "none", "all"), ("llama", "KLT12", "all"), ("qwen3", "none", "all"), ("qwen3", "SQ4", "all"),
-         ("qwen2", "KLT20", "all"), ("mistral", "SQ8", "all"), ("llama", "none", "1:1;2:0"),
+         ("qwen2", "KLT20", "all"), ("mistral", "fp8", "all"), ("llama", "none", "1:1;2:0"),
          ("qwen2", "KLT20", "1:1;2:0,1"), ("qwen3", "SQ4", "1:0,1;2:1")]
 PROMPT_WORDS, NEW_TOKENS = (0, 1, 5, 14), 20
 
@@ -274,6 +274,22 @@ def test_a_bank_of_another_model_is_refused(exported: Any, bank: Any, opened: tu
         model.open_bank(bank("llama", "none"), **knowledge(folder))
     with pytest.raises(ValueError, match="no bank: call open_bank"):
         model.generate_with_recall([[5]])
+
+
+def test_an_edited_bank_is_read_once_it_is_compacted(opened: tuple[Any, Any], bank: Any, tmp_path: Path) -> None:
+    from megatron_m3.memory.editing import compact_bank, delete_references
+
+    model, _ = opened
+    path = copy_of(bank("llama", "none"), tmp_path / "bank")
+    delete_references(path, np.array([3]))
+    with pytest.raises(ValueError, match="was edited; fold the edits in with `m3 bank compact`"):
+        model.open_bank(path, retriever=model.retrieve)
+    compact_bank(path)
+    # what a killed compaction would have left
+    (path / "shard_000000.bin").write_bytes((model.bank.folder / "shard_000000.bin").read_bytes())
+    edited = type(model.bank)(path, model.config.memory)
+    assert edited.fetch([3]).shape[3] == 0
+    assert edited.fetch([2, 17]).equal(model.bank.fetch([2, 17]))
 
 
 def test_damage_is_seen(opened: tuple[Any, Any], bank: Any, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ({"model_type": "gemma2"}, "model_type=gemma2: unknown architecture; known are llama, mistral, qwen2, qwen3"),
     ({"model_type": "mistral"}, "sliding_window=4096"),
     ({"model_type": "mistral", "sliding_window": 1024}, "sliding_window=1024"),
+    ({"model_type": "mistral", "sliding_window": 1024, "use_sliding_window": False}, "sliding_window=1024"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 2048}, "sliding_window=2048"),
     ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types=sliding_attention"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type=linear"),
@@ -59,10 +60,19 @@ def test_features_are_refused_by_name(changes: dict[str, Any], name: str) -> Non
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     ({"num_key_value_heads": 3}, "num_kv_heads=3"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
+    ({"rope_scaling": "linear"}, "rope_scaling cannot be 'linear'"),
+    ({"rope_parameters": LLAMA3 | {"factor": None}}, "lacks factor"),
+    ({"rope_theta": "10k"}, "rope_theta cannot be '10k'"),
+    ({"head_dim": "8"}, "head_dim cannot be '8'"),
 ])
 def test_configs_that_cannot_be(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(ArtifactError, match=name):
         read_config(CONFIG | changes, Path("config.json"))
+
+
+def test_null_is_what_a_config_does_not_say() -> None:
+    nothing = dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_scaling", "head_dim", "hidden_act", "layer_types"))
+    assert read_config(CONFIG | nothing, Path("c")) == read_config(CONFIG, Path("c"))
 
 
 def test_both_notations_of_rope_are_read() -> None:
@@ -92,6 +102,16 @@ def change_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def change_header(folder: Path, **changes: Any) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["model.norm.weight"] |= changes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
 BREAKAGES = {
     "tensor model.norm.weight is missing": lambda folder: change_weights(folder, lambda t: t.pop("model.norm.weight")),
     "tensor score.weight is none of": lambda folder: change_weights(
@@ -105,6 +125,11 @@ BREAKAGES = {
         (folder / "model.safetensors").read_bytes()[:-8]),
     "not a safetensors file": lambda folder: (folder / "model.safetensors").write_bytes(b"\1\0"),
     "no model.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
+    "not a safetensors file .*offset": lambda folder: change_header(folder, data_offsets=[0, 48]),
+    "not a safetensors file .*null": lambda folder: change_header(folder, dtype=None),
+    "weight_map is missing": lambda folder: (
+        (folder / "model.safetensors").unlink(), (folder / "model.safetensors.index.json").write_text("{}")),
+    "tokenizer.json: not a readable tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
     "tokenizer.json is missing": lambda folder: (folder / "tokenizer.json").unlink(),
     "config.json: missing, or not": lambda folder: (folder / "config.json").write_text("{"),
     "no EOS token": lambda folder: (folder / "tokenizer_config.json").write_text("{}"),
@@ -130,6 +155,21 @@ def test_a_copy_of_the_tied_embedding_is_no_extra_tensor(tmp_path: Path) -> None
     convert(FromOptions(source=str(source), output=str(tmp_path / "ours")))
     manifest = read_checkpoint(tmp_path / "ours" / "step_0000000")
     assert manifest.settings["config"]["model"]["tie_embeddings"]
+
+
+def test_a_tied_model_needs_its_embedding(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf", "llama3 tied")
+    change_weights(source, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    with pytest.raises(ArtifactError, match=r"tensor model\.embed_tokens\.weight is missing"):
+        convert(FromOptions(source=str(source), output=str(tmp_path / "ours")))
+
+
+def test_an_index_that_another_saving_left_is_not_read(plain: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(plain, tmp_path / "hf"))
+    save_file({"old": torch.ones(1)}, source / "model-00001-of-00001.safetensors")
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"old": "model-00001-of-00001.safetensors"}}))
+    convert(FromOptions(source=str(source), output=str(tmp_path / "ours")))
 
 
 @pytest.mark.parametrize("nothing", ["absent", "."])

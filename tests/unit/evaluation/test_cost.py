@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_m3.config import Config, get_recipe, replace_fields
@@ -78,6 +79,15 @@ def test_the_papers_bank_sizes(paper: Config) -> None:
     assert (size.factors["layers"], size.factors["heads"], size.factors["tokens"]) == (2, 5, 16)
     assert size.dense / size.sparse == 160
     assert f"{size.dense / size.compressed:.3g}" == "1.83e+03"
+
+
+def test_heads_that_hold_no_memory_cost_nothing(paper: Config) -> None:
+    some = replace_fields(paper, {"memory.layers": "0-1", "memory.heads": "0:0,3;1:1"})
+    whole = replace_fields(paper, {"memory.layers": "0-1"})
+    assert bank_size(some, 14).compressed == 3 * 2 * 8 * 14
+    assert 16 * bank_size(some, 14).sparse == 3 * bank_size(whole, 14).sparse
+    assert np.prod(list(bank_size(some, 14).factors.values())) == pytest.approx(72_089_600 / (3 * 2 * 8 * 14))
+    assert 16 * knowledge_cost(some).read_memory == pytest.approx(3 * knowledge_cost(whole).read_memory)
 
 
 @pytest.mark.parametrize(("count", "text"), [

@@ -114,6 +114,15 @@ def test_other_settings_of_the_checkpoint_are_other_results(loaded, lines, tmp_p
     assert not frontier(loaded, lines, ["layers=1"], monkeypatch).missing(results)
 
 
+def test_other_lines_get_other_references_in_the_same_block(loaded, lines, tmp_path, monkeypatch):
+    from megatron_m3.evaluation.frontier import ResultFile
+
+    results, points = ResultFile(tmp_path / "out.jsonl"), ["none", f"{SPARSE},mode=shuffled"]
+    frontier(loaded, lines[:3], points, monkeypatch).run(results, lambda count: None)
+    first = frontier(loaded, lines, points, monkeypatch).missing(results)[0]
+    assert (first[0], [point.mode for point in first[1]]) == (range(3), ["shuffled"])
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     from megatron_m3.evaluation.frontier import ResultFile
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_m3.config import replace_fields
+from megatron_m3.errors import ConfigError
 from megatron_m3.evaluation.examples import Example
 from tests.tiny_model import sentence, tiny_model
 
@@ -103,3 +104,12 @@ def test_passes_are_foretold(reading):
     ranking = Ranking(reading, by_head=False, share=0.3, done=lambda: passes.append(1))
     ranking.choose(2)
     assert len(passes) <= ranking.planned_passes(2) <= len(passes) + len(ranking.units) + 10
+
+
+def test_the_lines_are_not_overwritten(tmp_path):
+    from launch.rank_layers import RankOptions, rank
+
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("{}")
+    with pytest.raises(ConfigError, match="is the input file, which would be lost"):
+        rank(RankOptions(checkpoint="none", input=str(lines), output=str(lines), num_layers=1))
