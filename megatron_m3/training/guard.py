@@ -105,7 +105,7 @@ class Guard:
 
     def _spikes(self, loss: float, grad_norm: float) -> bool:
         state, config = self.state, self.config
-        return state.history >= config.min_history and (
+        return state.history >= max(1, config.min_history) and (
             loss > config.spike_factor * state.loss_mean or grad_norm > config.norm_spike_factor * state.norm_mean
         )
 

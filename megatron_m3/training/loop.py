@@ -187,10 +187,10 @@ class Loop:
         verdict = self.guard.observe(result.loss, result.grad_norm, sequences)
         self.state.step += 1
         self.state.position = self.reader_position = sequences[1]
-        self._record(result, rate, gradient, time.perf_counter() - start)
+        self._record(result, rate, kept, gradient, time.perf_counter() - start)
         return result, verdict
 
-    def _record(self, result: StepResult, rate: float, gradient: bool, seconds: float) -> None:
+    def _record(self, result: StepResult, rate: float, kept: int, gradient: bool, seconds: float) -> None:
         if not self.first:
             return
         self.timed_steps += 1
@@ -198,7 +198,7 @@ class Loop:
         self.seconds_per_step += (seconds - self.seconds_per_step) * max(0.1, 1 / max(1, self.timed_steps - 1))
         training = self.config.training
         work = ReferenceWork(read=result.read / training.global_batch, encoded=result.encoded / training.global_batch,
-                             gradient=gradient)
+                             gradient=gradient, num_kept=kept)
         prefix = len(self.machinery.prefix) if training.stage == "continual" else 0
         flops = step_flops(self.config, prefix_length=prefix, work=work).total
         read = max(result.read, 1)

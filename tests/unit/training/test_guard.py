@@ -38,6 +38,10 @@ def test_spikes_are_not_judged_before_there_is_history():
     assert set(watch(make(), [3.0, 30.0, 3.0, 30.0])) == {GOOD}
 
 
+def test_without_history_the_first_step_is_good():
+    assert watch(make(min_history=0), [3.0, 3.0, 300.0]) == [GOOD, GOOD, SUSPICIOUS]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_values_diverge_at_once(bad):
     assert watch(make(), [bad]) == [DIVERGED]

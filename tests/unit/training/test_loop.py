@@ -81,6 +81,14 @@ def test_time_left_leaves_out_the_first_step_and_mfu_a_prefix_that_is_not_there(
     assert second["mfu"] * second["seconds"] * 1e12 == pytest.approx(flops)
 
 
+def test_mfu_counts_the_tokens_that_are_kept_in_a_step(run):
+    options = {"training__steps": 2, "training__stage": "continual"}
+    plain, falling = (run(name, **options, memory__curriculum=share)[1] for name, share in (("one", 0), ("two", 0.5)))
+    work = [[record["mfu"] * record["seconds"] for record in records] for records in (plain, falling)]
+    assert work[0][0] * 1.01 < work[1][0], "all tokens are kept in the first of the steps"
+    assert work[0][1] == pytest.approx(work[1][1])
+
+
 def test_two_runs_at_once_are_refused_and_a_dead_one_is_waited_for(run, tmp_path):
     run(training__steps=1)
     with FolderLock(tmp_path / "run", "the other run", lease=0.6):
