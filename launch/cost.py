@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -46,10 +47,10 @@ class CostOptions:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
         for name, least in (("gpus", 0), ("global_batch", 1)):
-            if (getattr(self, name) or least) < least:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if not self.peak_tflops > 0:
-            raise ConfigError(f"peak_tflops={self.peak_tflops}: must be more than 0")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ConfigError(f"{name}={value}: must be at least {least}")
+        if not 0 < self.peak_tflops < math.inf:
+            raise ConfigError(f"peak_tflops={self.peak_tflops}: must be above 0, and finite")
         if not 0 < self.utilisation <= 1:
             raise ConfigError(f"utilisation={self.utilisation}: must be above 0 and at most 1")
         if self.plot and Path(self.plot).suffix.lower() != ".png":

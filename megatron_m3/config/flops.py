@@ -91,6 +91,8 @@ class ReferenceWork:
     """Different references that are encoded."""
     gradient: float
     """Share of the steps in which they have a backward pass."""
+    num_kept: int | None = None
+    """Tokens kept of a full reference; by default the config's."""
 
     @classmethod
     def planned(cls, config: Config) -> "ReferenceWork":
@@ -112,6 +114,7 @@ def layer_flops(config: Config, *, prefix_length: int = 0, work: ReferenceWork |
     work = work or ReferenceWork.planned(config)
     model, memory, last = config.model, config.memory, config.memory_layers[-1]
     length, chunks = config.data.sequence_length, config.data.sequence_length // memory.chunk_length
+    num_kept = work.num_kept or memory.num_kept_tokens
     tokens, pairs = prefix_length + length, (prefix_length + length) ** 2 / 2
     context = projection_flops(model, tokens) + mlp_flops(model, tokens) + attention_flops(model, pairs)
     rows = work.encoded * memory.reference_length
@@ -125,7 +128,7 @@ def layer_flops(config: Config, *, prefix_length: int = 0, work: ReferenceWork |
             context=context,
             references=below if layer < last else at_last if layer == last else 0.0,
             selection=selection_flops(model, work.encoded, memory.reference_length) * (layer in config.memory_layers),
-            reading=attention_flops(model, read * memory.num_kept_tokens) * (layer in config.memory_layers),
+            reading=attention_flops(model, read * num_kept) * (layer in config.memory_layers),
             backward_factor=BACKWARD if layer >= config.training.frozen_layers else 0,
             reference_gradient=work.gradient,
         )

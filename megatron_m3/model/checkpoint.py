@@ -109,7 +109,10 @@ def remove_checkpoints(output: Path, keep: int) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove one checkpoint; its name goes first, so that no half of it looks complete."""
+    """Remove one checkpoint, or the link to one; its name goes first, so that no half of it looks complete."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     hidden = folder.with_name(f".{folder.name}.removed")
     folder.rename(hidden)
     shutil.rmtree(hidden)

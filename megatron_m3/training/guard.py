@@ -74,10 +74,20 @@ class Guard:
         return self.state.suspicious_steps > 0
 
     def observe(self, loss: float, grad_norm: float, sequences: tuple[int, int]) -> Verdict:
-        """Judge a step that trained on the ``[first, end)`` range ``sequences``."""
-        if not self.config.enabled:
-            return Verdict.GOOD
+        """Judge a step that trained on the ``[first, end)`` range ``sequences``.
+
+        Raises:
+            DivergenceError: the guard is off, so nothing can be mended, and there is nothing left to train.
+        """
         state, finite = self.state, math.isfinite(loss) and math.isfinite(grad_norm)
+        if not self.config.enabled:
+            if not finite:
+                raise DivergenceError(
+                    f"guard.enabled=false: loss {loss:.4g}, grad norm {grad_norm:.4g} after sequences {sequences[0]}-"
+                    f"{sequences[1] - 1}; the run can go on from its last checkpoint: lower optimizer.lr, or set "
+                    "guard.enabled=true to skip these sequences"
+                )
+            return Verdict.GOOD
         if finite and not self._spikes(loss, grad_norm):
             count = state.history + 1
             weight = 1 / min(count, HISTORIES_IN_MEAN * max(1, self.config.min_history))
@@ -95,7 +105,7 @@ class Guard:
 
     def _spikes(self, loss: float, grad_norm: float) -> bool:
         state, config = self.state, self.config
-        return state.history >= config.min_history and (
+        return state.history >= max(1, config.min_history) and (
             loss > config.spike_factor * state.loss_mean or grad_norm > config.norm_spike_factor * state.norm_mean
         )
 

@@ -31,8 +31,10 @@ from megatron_m3.platform import Platform
 from megatron_m3.platform.distributed import parallel_world
 from megatron_m3.tokenizer import Tokenizer
 from megatron_m3.training import signals
+from megatron_m3.training.alone import alone_in
 from megatron_m3.training.checks import check_run
 from megatron_m3.training.guard import Guard, GuardState, Verdict
+from megatron_m3.training.metrics import NAME as METRICS_FILE
 from megatron_m3.training.metrics import Metrics, peak_tflops, say
 from megatron_m3.training.record import describe, write_run_record
 from megatron_m3.training.schedule import gradient_in_references, kept_tokens, learning_rate
@@ -86,7 +88,9 @@ def train_in_world(config: Config, platform: Platform) -> Summary:
         machinery = build_machinery(config, platform, tokenizer.prefix_ids(config.memory.prefix))
         loop = Loop(machinery, dataset, requests)
         loop.start(found)
-        return loop.run()
+        with alone_in(output, found):
+            loop.begin(found)
+            return loop.run()
 
 
 class Loop:
@@ -105,12 +109,12 @@ class Loop:
         )
         self.reader: Any = None
         self.reader_position = self.saved_step = -1
-        self.seconds_per_step = 0.0
+        self.timed_steps, self.seconds_per_step = 0, 0.0
 
     def start(self, found: list[Path]) -> None:
         """Go on from the newest of the run's checkpoints ``found``, or begin with new or given weights.
 
-        Nothing is written before what is there has been read and found to fit.
+        Nothing is written: :meth:`begin` does, once what is there has been read and found to fit.
         """
         if found:
             self.state = load_run(self.machinery, found[-1], self.hashes)
@@ -120,15 +124,20 @@ class Loop:
             self.guard.restore(self.state.guard)
         elif self.config.training.init_from:
             start_from(self.machinery, self._initial_checkpoint(), self.hashes)
+
+    def begin(self, found: list[Path]) -> None:
+        """Write what a run has before its first step."""
         if self.first:
             self._begin_record(found)
         if not found and self.config.guard.enabled:
             self._save()
 
     def _begin_record(self, found: list[Path]) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
         for leftover in self.output.glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        if not found:  # what an earlier run left whose checkpoints are gone
+            for name in (GUARD_FILE, METRICS_FILE):
+                (self.output / name).unlink(missing_ok=True)
         write_run_record(self.machinery)
         self.metrics.begin(self.state.step)
         say(describe(self.machinery))
@@ -178,17 +187,20 @@ class Loop:
         verdict = self.guard.observe(result.loss, result.grad_norm, sequences)
         self.state.step += 1
         self.state.position = self.reader_position = sequences[1]
-        self._record(result, rate, gradient, time.perf_counter() - start)
+        self._record(result, rate, kept, gradient, time.perf_counter() - start)
         return result, verdict
 
-    def _record(self, result: StepResult, rate: float, gradient: bool, seconds: float) -> None:
-        self.seconds_per_step += (seconds - self.seconds_per_step) * (0.1 if self.seconds_per_step else 1.0)
+    def _record(self, result: StepResult, rate: float, kept: int, gradient: bool, seconds: float) -> None:
         if not self.first:
             return
+        self.timed_steps += 1
+        # the first step, which also sets things up, counts for nothing once there is another
+        self.seconds_per_step += (seconds - self.seconds_per_step) * max(0.1, 1 / max(1, self.timed_steps - 1))
         training = self.config.training
         work = ReferenceWork(read=result.read / training.global_batch, encoded=result.encoded / training.global_batch,
-                             gradient=gradient)
-        flops = step_flops(self.config, prefix_length=len(self.machinery.prefix), work=work).total
+                             gradient=gradient, num_kept=kept)
+        prefix = len(self.machinery.prefix) if training.stage == "continual" else 0
+        flops = step_flops(self.config, prefix_length=prefix, work=work).total
         read = max(result.read, 1)
         shares = {"repeats": 1 - (result.encoded + result.reused) / read} if training.stage == "continual" else {}
         shares |= {"reused": result.reused / read} if self.machinery.memories is not None else {}

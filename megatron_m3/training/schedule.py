@@ -18,7 +18,9 @@ def rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
         return (step + 1) / warmup
     if schedule.style == "constant":
         return 1.0
-    decay = math.ceil(schedule.decay_fraction * steps) if schedule.style == "wsd" else steps - warmup
+    decay = steps - warmup
+    if schedule.style == "wsd":
+        decay = min(decay, math.ceil(schedule.decay_fraction * steps))
     fallen = min(1.0, max(0.0, (step + 1 - (steps - decay)) / max(decay, 1)))
     share = 1 - fallen if schedule.style == "wsd" else (1 + math.cos(math.pi * fallen)) / 2
     return schedule.min_ratio + (1 - schedule.min_ratio) * share

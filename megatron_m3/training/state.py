@@ -1,6 +1,6 @@
 """A run's state between steps, and its way into a checkpoint and back, at any parallel layout."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ from megatron_m3.model.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from megatron_m3.model.gpt import build_model
 from megatron_m3.model.weights_hash import sharded_state, sharding_metadata
 from megatron_m3.platform import select
 from megatron_m3.training.guard import GuardState
 from megatron_m3.training.setup import Machinery, prepare_optimizer
 
-FREE_SETTINGS = {"data": ("tokenizer", "tokens", "references", "neighbours", "loader", "prefetch"), "memory": ()}
-"""Fields of the sections that make the data which may change within a run: places (their hashes count) and speed."""
+FREE_SETTINGS = {"data": ("tokenizer", "tokens", "references", "neighbours", "expected_repeats", "loader", "prefetch"),
+                 "memory": ()}
+"""Fields of the sections that make the data which may change within a run: places (their hashes count), plans and
+speed."""
 NEW_RUN = "start a new training.output with training.init_from"
 
 
@@ -98,17 +101,26 @@ def load_run(machinery: Machinery, folder: Path, hashes: dict[str, str]) -> RunS
 def start_from(machinery: Machinery, folder: Path, hashes: dict[str, str]) -> None:
     """Take the weights of another run's checkpoint, and nothing else of it (``training.init_from``); a collective.
 
+    They are rounded where the checkpoint's dtype is not the run's.
+
     Raises:
         ArtifactError: a damaged checkpoint.
         ConfigError: a checkpoint of a model of another shape, or of another tokenizer.
     """
-    check_same_model(folder, machinery.config)
-    if read_checkpoint(folder).inputs["tokenizer"] != hashes["tokenizer"]:
+    config, manifest, models = machinery.config, read_checkpoint(folder), machinery.models
+    check_same_model(folder, config)
+    if manifest.inputs["tokenizer"] != hashes["tokenizer"]:
         raise ConfigError(
-            f"data.tokenizer={machinery.config.data.tokenizer}: the checkpoint {folder} was trained with another "
+            f"data.tokenizer={config.data.tokenizer}: the checkpoint {folder} was trained with another "
             f"tokenizer; take {folder / 'tokenizer'} and tokens made with it"
         )
-    load_weights(folder, machinery.models)
+    stored = manifest.settings["config"]["training"]["dtype"]
+    if stored != config.training.dtype:
+        models = build_model(replace(config, training=replace(config.training, dtype=stored)))
+    load_weights(folder, models)
+    if models is not machinery.models:
+        for mine, theirs in zip(machinery.models, models, strict=True):
+            mine.load_state_dict(theirs.state_dict())
     machinery.optimizer.reload_model_params()
 
 
@@ -142,7 +154,8 @@ def _restore_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> 
 
 
 def _check_same_optimizer(folder: Path, stored: dict[str, Any], config: Config) -> None:
-    for section, name in (("parallel", "distributed_optimizer"), ("training", "dtype"), ("training", "stage")):
+    for section, name in (("parallel", "distributed_optimizer"), ("training", "dtype"), ("training", "stage"),
+                          ("training", "frozen_layers")):
         mine = getattr(getattr(config, section), name)
         if stored[section][name] != mine:
             raise ConfigError(

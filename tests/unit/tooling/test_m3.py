@@ -84,7 +84,8 @@ def test_a_job_runs_with_the_words_that_follow(capsys: pytest.CaptureFixture[str
     assert "Memory bank of 7 references" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["pretian"], ["cost", "--recipe", "m9"], ["cost", "--speed", "1"]])
+@pytest.mark.parametrize("arguments", [["pretian"], ["cost", "--recipe", "m9"], ["cost", "--speed", "1"],
+                                       ["cost", "--global-batch", "0"]])
 def test_a_mistake_ends_in_one_line_and_status_2(arguments: list[str]) -> None:
     done = run_module("launch.m3", arguments, expect=2)
     assert done.stdout == ""

@@ -6,7 +6,7 @@ import torch
 
 from megatron_m3.errors import ArtifactError, M3Error
 from megatron_m3.manifest import check_files, read_manifest
-from megatron_m3.model.checkpoint import list_checkpoints, load_model, read_checkpoint
+from megatron_m3.model.checkpoint import list_checkpoints, load_model, read_checkpoint, remove_checkpoint
 from megatron_m3.platform.distributed import shut_down
 
 
@@ -101,6 +101,13 @@ def test_garbage_is_refused_in_one_line(copied, load, name):
     with pytest.raises(ArtifactError) as caught:
         load(copied)
     assert "\n" not in str(caught.value)
+
+
+def test_removing_the_link_to_a_checkpoint_leaves_what_it_points_to(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "step_0000001").symlink_to(tmp_path / "far")
+    remove_checkpoint(tmp_path / "step_0000001")
+    assert [path.name for path in tmp_path.iterdir()] == ["far"]
 
 
 def test_unfinished_checkpoint_is_not_listed_and_not_loaded(copied, load):

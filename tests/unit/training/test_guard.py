@@ -5,7 +5,7 @@ import pytest
 
 from megatron_m3.config import GuardConfig
 from megatron_m3.errors import M3Error
-from megatron_m3.training.guard import Guard, GuardState, Verdict
+from megatron_m3.training.guard import DivergenceError, Guard, GuardState, Verdict
 
 GOOD, SUSPICIOUS, DIVERGED = Verdict.GOOD, Verdict.SUSPICIOUS, Verdict.DIVERGED
 
@@ -38,6 +38,10 @@ def test_spikes_are_not_judged_before_there_is_history():
     assert set(watch(make(), [3.0, 30.0, 3.0, 30.0])) == {GOOD}
 
 
+def test_without_history_the_first_step_is_good():
+    assert watch(make(min_history=0), [3.0, 3.0, 300.0]) == [GOOD, GOOD, SUSPICIOUS]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_values_diverge_at_once(bad):
     assert watch(make(), [bad]) == [DIVERGED]
@@ -51,8 +55,11 @@ def test_spiking_gradient_norm_counts():
     assert guard.observe(3.0, 100.0, (28, 32)) is DIVERGED
 
 
-def test_disabled_guard_sees_nothing():
-    assert watch(make(enabled=False), [math.nan] * 3) == [GOOD] * 3
+def test_disabled_guard_sees_spikes_as_good_and_refuses_what_no_step_can_mend():
+    guard = make(enabled=False)
+    assert watch(guard, [3.0] * 6 + [300.0] * 3) == [GOOD] * 9
+    with pytest.raises(DivergenceError, match=r"guard\.enabled=false: loss nan.*lower optimizer\.lr"):
+        watch(guard, [math.nan])
 
 
 def test_roll_back_skips_from_the_first_suspicion_and_lowers_the_rate():

@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import shutil
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -7,14 +9,16 @@ import torch
 from data_tools import tokenize
 from launch.pretrain import parse_config
 from megatron_m3.config import from_dict
+from megatron_m3.config.flops import step_flops
 from megatron_m3.config.schema import Config
 from megatron_m3.data import TokenStore
 from megatron_m3.errors import ArtifactError, ConfigError, M3Error
 from megatron_m3.manifest import read_manifest
+from megatron_m3.manifest.lock import FolderLock, Owner
 from megatron_m3.references import ReferenceStore
 from megatron_m3.tokenizer import Tokenizer
 from tests.small_data import SmallData, write_neighbours
-from tests.tiny_model import joined_world
+from tests.tiny_model import joined_world, tiny_config
 
 WILD = {"optimizer__lr": 30, "schedule__style": "constant", "schedule__warmup_fraction": 0, "training__steps": 8,
         "checkpoint__every": 1, "checkpoint__keep": 0, "guard__min_history": 1, "guard__spike_steps": 2}
@@ -68,6 +72,57 @@ def test_finished_run_is_left_as_it_is(run):
     assert (summary.finished, summary.loss, len(records)) == (True, None, 2)
 
 
+def test_time_left_leaves_out_the_first_step_and_mfu_a_prefix_that_is_not_there(run):
+    _, records = run(training__steps=4)
+    second = records[1]
+    assert second["seconds_left"] == pytest.approx(2 * second["seconds"])
+    assert records[2]["seconds_left"] == pytest.approx((second["seconds"] + records[2]["seconds"]) / 2)
+    flops = step_flops(tiny_config(training__global_batch="4")).total
+    assert second["mfu"] * second["seconds"] * 1e12 == pytest.approx(flops)
+
+
+def test_mfu_counts_the_tokens_that_are_kept_in_a_step(run):
+    options = {"training__steps": 2, "training__stage": "continual"}
+    plain, falling = (run(name, **options, memory__curriculum=share)[1] for name, share in (("one", 0), ("two", 0.5)))
+    work = [[record["mfu"] * record["seconds"] for record in records] for records in (plain, falling)]
+    assert work[0][0] * 1.01 < work[1][0], "all tokens are kept in the first of the steps"
+    assert work[0][1] == pytest.approx(work[1][1])
+
+
+def test_two_runs_at_once_are_refused_and_a_dead_one_is_waited_for(run, tmp_path):
+    run(training__steps=1)
+    with FolderLock(tmp_path / "run", "the other run", lease=0.6):
+        before = contents(tmp_path / "run").keys()
+        with pytest.raises(ArtifactError, match=r"locked by `the other run`.*; wait for it"):
+            run(training__steps=2)
+        assert contents(tmp_path / "run").keys() == before
+    owner = Owner.me("a dead node's", 1.0)
+    (tmp_path / "run" / "lock.json").write_text(
+        json.dumps(dataclasses.asdict(owner) | {"host": "elsewhere", "expires_utc": ""}))
+    summary, _ = run(training__steps=2)
+    assert summary.finished
+    assert not (tmp_path / "run" / "lock.json").exists()
+
+
+def test_a_run_that_another_overtook_is_refused(run, tmp_path):
+    from megatron_m3.training.alone import alone_in
+
+    run(training__steps=1)
+    with joined_world(), pytest.raises(ArtifactError, match="another run saved here meanwhile"), ExitStack() as stack:
+        stack.enter_context(alone_in(tmp_path / "run", []))
+
+
+def test_what_a_run_left_whose_checkpoints_are_gone_is_forgotten(run, tmp_path):
+    run(**WILD, guard__lr_factor=0.001)
+    for folder in (tmp_path / "run").glob("step_*"):
+        shutil.rmtree(folder)
+    run(training__steps=1)
+    _, records = run(training__steps=2)
+    assert [record["step"] for record in records] == [1, 2]
+    guard = read_manifest(tmp_path / "run" / "step_0000002", "checkpoint", 1).settings["training"]["guard"]
+    assert (guard["rollbacks"], guard["skipped"]) == (0, [])
+
+
 def test_longer_run_goes_on_from_the_finished_one(run):
     run(training__steps=2)
     summary, records = run(training__steps=4)
@@ -88,6 +143,18 @@ def test_continual_starts_from_warmup_weights(run, tmp_path):
     begun = read_manifest(tmp_path / "continual" / "step_0000000", "checkpoint", 1).settings
     assert begun["weights_hash"] == warm["weights_hash"]
     assert begun["training"]["position"] == 0
+
+
+@pytest.mark.parametrize(("first", "second"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_run_starts_from_weights_of_another_dtype(run, tmp_path, first, second):
+    from megatron_m3.model.checkpoint import load_model
+
+    run("first", training__steps=1, training__dtype=first)
+    run("second", training__steps=1, training__dtype=second, training__init_from=tmp_path / "first")
+    with joined_world():
+        given, taken = (load_model(tmp_path / name, dtype=second).model.state_dict()
+                        for name in ("first/step_0000001", "second/step_0000000"))
+    assert all(torch.equal(value, taken[name]) for name, value in given.items() if torch.is_tensor(value))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -201,7 +268,8 @@ def test_weights_of_another_shape_are_refused(run, tmp_path):
 
 @pytest.mark.parametrize(("field", "value"), [
     ("training__dtype", "bf16"), ("parallel__distributed_optimizer", True), ("training__stage", "continual"),
-    ("model__ffn_size", 128), ("data__seed", 7), ("data__sequence_length", 48), ("memory__prefix", "Text:"),
+    ("training__frozen_layers", 1), ("model__ffn_size", 128), ("data__seed", 7), ("data__sequence_length", 48),
+    ("memory__prefix", "Text:"),
 ])
 def test_going_on_as_another_run_is_refused(run, field, value):
     run(training__steps=1)
@@ -243,7 +311,7 @@ def test_going_on_with_other_data_is_refused(run, training_data, tmp_path, field
 def test_going_on_with_the_data_elsewhere_and_another_loader_works(run, training_data, tmp_path):
     run(training__steps=1)
     data = SmallData(shutil.copytree(training_data.folder, tmp_path / "data"))
-    summary, _ = run(training__steps=2, data=data, data__prefetch=2)
+    summary, _ = run(training__steps=2, data=data, data__prefetch=2, data__expected_repeats=0.1)
     assert summary.step == 2
 
 

@@ -39,6 +39,12 @@ def test_few_steps_stay_within_bounds(style, steps):
         assert all(0 < rate <= 1 for rate in rates(steps, style=style, **fields))
 
 
+def test_a_fall_that_would_begin_in_the_rise_begins_after_it():
+    found = rates(10, style="wsd", warmup_fraction=0.5, decay_fraction=0.8, min_ratio=0.01)
+    assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert found[5:] == pytest.approx([1 - 0.99 * fallen / 5 for fallen in range(1, 6)])
+
+
 def test_rate_is_a_share_of_the_highest():
     assert learning_rate(50, 100, 4e-4, ScheduleConfig()) == 4e-4
 
