@@ -10,6 +10,7 @@ from data_tools.shared_work import Workers, share
 from megatron_m3.errors import ArtifactError, DataError
 from megatron_m3.manifest import BlockFolder
 from megatron_m3.manifest.claims import CLAIMS
+from megatron_m3.manifest.process import place
 from tests.launcher import ended_process
 
 
@@ -62,7 +63,7 @@ def test_an_error_in_a_worker_reaches_the_user_and_frees_its_claim(tmp_path, cou
 
 def test_what_a_killed_job_left_half_written_is_cleared_and_nothing_else(tmp_path):
     folder = BlockFolder(tmp_path / "blocks", {"kind": "test"})
-    host, dead = os.uname().nodename, ended_process()
+    host, dead = place(), ended_process()
     left = [f".{folder.name(1)}.{host}.{dead}.tmp", f".block_000000.json.{host}.{dead}.tmp",
             f".{folder.name(0)}.other.host.{os.getpid()}.tmp"]
     kept = [f".{folder.name(0)}.{host}.{os.getppid()}.tmp", f".manifest.json.other.{dead}.tmp",
