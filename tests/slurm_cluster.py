@@ -50,6 +50,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=0
 KillWait=2
+MinJobAge=86400
 InactiveLimit=0
 MessageTimeout=20
 SlurmdTimeout=120

@@ -23,6 +23,8 @@ from megatron_m3.manifest.process import is_running, place
 NAME = "manifest.json"
 HALF_WRITTEN = re.compile(r"\.(?P<name>[^.]+\.[^.]+)\.(?P<place>.+)\.(?P<pid>\d+)\.tmp")
 """Names that :func:`atomic_path` gives."""
+STANDSTILL = "M3_STANDSTILL"
+"""Names a file that is there as long as a job has kept nothing since it began; a full disk lets it be removed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def tell_kept() -> None:
+    """Tell the Slurm job of this process, if it is of one, that it has kept something which it need not do again."""
+    if STANDSTILL in os.environ:
+        Path(os.environ[STANDSTILL]).unlink(missing_ok=True)
+
+
 def clear_half_written(folder: Path, names: Container[str]) -> None:
     """Remove what killed processes left of files ``names`` in ``folder``, none of which others need to write now.
 
@@ -128,6 +136,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if not _is_same(temporary, folder):
                 raise ArtifactError(f"{folder}: another process made it meanwhile, of something else; remove it or "
                                     "choose another folder") from None
+        tell_kept()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -30,7 +30,7 @@ SHARED = ("documents", "filtered", "unique", "tokens", "references", "embeddings
 LEAVES_AND_COMES_BACK = """\
 #!/usr/bin/env bash
 #SBATCH --time=1
-#SBATCH --signal=B:USR1@50
+#SBATCH --signal=B:USR1@25
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -52,6 +52,20 @@ case "${SLURM_RESTART_COUNT:-0}" in
     1) run srun bash -c 'kill -KILL $$' ;;
     2) run srun --kill-on-bad-exit=1 bash slurm/task.sh bash -c 'exec >&2; [ $SLURM_NODEID = 1 ] && exit 2; sleep 60' ;;
 esac
+"""
+
+
+STANDS_STILL = """\
+#!/usr/bin/env bash
+#SBATCH --nodes=2
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+M3_RETRIES=1
+source slurm/job.sh
+export keeps="${SLURM_RESTART_COUNT:-0}"
+run srun bash -c '[ $keeps != 1 ] || rm -f "$M3_STANDSTILL"; trap "exit 0" USR1
+    echo ready; while :; do sleep 0.1; done'
 """
 
 
@@ -167,6 +181,24 @@ def test_what_brings_a_job_back_and_what_ends_it(cluster, tmp_path):
     wait_until(lambda: "ready" in cluster.log(job), "no step")
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert cluster.wait_for(job, "FAILED", "PENDING")["ExitCode"] == "2:0", "a mistake comes back whenever it is tried"
+
+
+def test_a_job_that_keeps_nothing_in_its_time_comes_back_so_often_and_ends(cluster, tmp_path):
+    """Its second life keeps something, and so begins the count anew."""
+    (tmp_path / "job.sh").write_text(STANDS_STILL)
+    job = cluster.submit("--output", tmp_path / "log", tmp_path / "job.sh")
+    for life in range(4):
+        wait_until(lambda: cluster.log(job).count("ready") == 2 * (life + 1), "no step")  # noqa: B023
+        cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm sends before the time is up
+        if life < 3:
+            wait_until(lambda: cluster.jobs(job)[0]["Restarts"] == str(life + 1), "it did not come back")  # noqa: B023
+            cluster.begin_now(job)
+    assert cluster.wait_for(job, "FAILED")["ExitCode"] == "1:0"
+    told = [line.split(": ", 1)[1] for line in cluster.log(job).splitlines() if line.startswith(("job", "error: job"))]
+    nothing, back = "its time was nearly up, and it has kept nothing new, try 1 of 1", "; back into the queue"
+    assert told[:3] == [nothing + back, "its time was nearly up" + back, nothing + back]
+    assert "the time limit is too short" in told[3]
+    assert not list(ROOT.glob(".m3-standstill-*"))
 
 
 def test_a_chain_runs_once_over_two_nodes(cluster, chain):
@@ -371,6 +403,11 @@ def test_a_server_tells_where_it_listens_and_ends_well_when_its_time_is_up(clust
 GPUS = """\
 #!/usr/bin/env bash
 set -euo pipefail
+(
+    unset SLURM_GPUS_ON_NODE
+    SLURM_JOB_NODELIST='n[1-9000]' PATH="FOLDER:$PATH" source slurm/environment.sh
+    echo "$M3_PROCESSES_PER_NODE processes, they meet at ${M3_RENDEZVOUS%:*}"
+)
 M3_CONTAINER=image.sqsh source slurm/environment.sh
 echo "${M3_SRUN[@]}"
 source slurm/environment.sh
@@ -380,13 +417,16 @@ srun "${M3_SRUN[@]}" bash -c 'echo "$M3_PROCESSES_PER_NODE processes, ${SLURM_GP
 
 def test_steps_get_the_gpus_of_their_nodes_and_nothing_is_left_of_the_cluster(tmp_path):
     """A cluster of its own, since the others' still runs; its GPUs are files."""
-    (tmp_path / "job.sh").write_text(GPUS)
+    (tmp_path / "job.sh").write_text(GPUS.replace("FOLDER", str(tmp_path)))
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA-SMI has failed: no driver here\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
     folder = Path(tempfile.mkdtemp(prefix="m3slurm_", dir="/tmp"))
     with slurm_cluster(folder, gpus=2) as running:
         daemons = [process.pid for process in running.processes.values()]
         for name, asked, gpus in (("whole", "--exclusive", 2), ("one", "--gpus=1", 1)):
             running.run("sbatch", "--wait", "--output", tmp_path / name, asked, tmp_path / "job.sh")
-            words, line = (tmp_path / name).read_text().splitlines()
+            bare, words, line = (tmp_path / name).read_text().splitlines()
+            assert bare == "1 processes, they meet at 127.0.0.1"
             assert words.startswith(f"--container-image=image.sqsh --container-mounts={ROOT}:{ROOT} --container-work")
             assert line == f"{gpus} processes, {gpus} GPUs"
         job = running.submit("--output=/dev/null", "--wrap", "sleep 600")

@@ -160,6 +160,19 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (folder / "whole").read_text() == "yes"
 
 
+def test_a_folder_that_is_made_is_told_to_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "nothing_kept"
+    told.touch()
+    monkeypatch.setenv("M3_STANDSTILL", str(told))
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "index"):
+        raise RuntimeError
+    assert told.exists()
+    for name in ("one", "other"):
+        with atomic_folder(tmp_path / name):
+            pass
+        assert not told.exists()
+
+
 @pytest.mark.parametrize("target", ["empty", "new"])
 def test_a_folder_behind_a_link_is_made_where_the_link_leads(tmp_path: Path, target: str) -> None:
     (tmp_path / "disk" / "empty").mkdir(parents=True)
