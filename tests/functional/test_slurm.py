@@ -340,9 +340,9 @@ steps:
 
 def test_a_failed_step_is_told_and_mended(cluster, tmp_path):
     (tmp_path / "chain.yaml").write_text(BROKEN)
-    file, output = str(tmp_path / "chain.yaml"), tmp_path / "run"
+    file, output = str(tmp_path / "chain.yaml"), tmp_path / "a run"
     (tmp_path / "other.yaml").write_text(f"{BROKEN}slurm: {{partition: nowhere}}\n")
-    submit = f"{sys.executable} -m launch.m3 slurm submit {tmp_path}/other.yaml --set output={output} 2>&1"
+    submit = f"{sys.executable} -m launch.m3 slurm submit {tmp_path}/other.yaml --set 'output={output}' 2>&1"
     [told] = cluster.run("bash", "-c", submit, check=False).splitlines()
     assert told.startswith("error: tokenizer: sbatch refuses it (invalid partition specified: nowhere;")
     first = m3(cluster, "submit", file, output)
