@@ -63,8 +63,8 @@ try_again() {
 }
 
 run() {
-    export M3_STANDSTILL="$PWD/.m3-standstill-$SLURM_JOB_ID"
-    touch "$M3_STANDSTILL"
+    M3_STANDSTILL="$(mktemp "$PWD/.m3-standstill-$SLURM_JOB_ID-XXXXXX")"
+    export M3_STANDSTILL
     trap 'rm -f "$M3_STANDSTILL"' EXIT
     trap ask_to_leave USR1 TERM
     "$@" &
