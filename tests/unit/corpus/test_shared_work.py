@@ -91,6 +91,22 @@ def test_a_block_that_another_did_and_cleared_up_after_is_no_error(tmp_path):
         list(share(folder, 2, lambda index: (tmp_path / "none").read_text()))
 
 
+def test_a_block_that_another_writes_meanwhile_counts_as_kept(tmp_path, monkeypatch):
+    folder, told = BlockFolder(tmp_path / "blocks", {"kind": "test"}), tmp_path / "nothing_kept"
+    monkeypatch.setenv("M3_STANDSTILL", str(told))
+
+    def another(index):
+        with pytest.MonkeyPatch.context() as elsewhere:
+            elsewhere.delenv("M3_STANDSTILL")
+            folder.write(index, {"values": np.zeros(1)})
+
+    for blocks, was_told in ((1, True), (1, False), (2, True)):
+        told.touch()
+        with Workers(1) as workers:
+            workers.run("test", folder, [1] * blocks, "blocks", another)
+        assert told.exists() is not was_told
+
+
 def test_of_two_jobs_that_begin_at_once_one_is_refused(tmp_path, monkeypatch):
     look, others = BlockFolder.is_begun, [{"kind": "other"}]
 
