@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from megatron_m3.errors import ArtifactError, ConfigError, M3Error
-from megatron_m3.manifest import BlockFolder, is_finished
+from megatron_m3.manifest import BlockFolder, is_finished, tell_kept
 from megatron_m3.manifest.claims import CLAIMS, Claims
 
 POLL_SECONDS = 0.2
@@ -155,6 +155,8 @@ class Workers:
         with Progress(label, sum(sizes[index] for index in missing), unit) as progress:
             for index in self._share(folder, len(sizes), do):
                 progress.advance(sizes[index] if index in missing else 0)
+                if index in missing:
+                    tell_kept()  # whoever wrote it: a job that waits for others is not at a standstill
                 missing.discard(index)
         folder.clear_half_written(len(sizes))
 

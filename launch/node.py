@@ -1,7 +1,8 @@
 """One node of a training job under Slurm: torchrun's agent, started by srun on each with `m3 pretrain`'s options.
 
 The agents meet at M3_RENDEZVOUS (host:port). A node that the run cannot use, since the processes of all would not
-divide its batch, leaves at once. SIGUSR1 and SIGTERM are passed on as SIGUSR1, at which the training saves and leaves.
+divide its batch, leaves at once. SIGUSR1 and SIGTERM are passed on as SIGUSR1, at which the training saves and leaves;
+before it has begun the agent leaves at once.
 The exit status is that of the process that failed first, so that a user's mistake can be told from a crash.
 """
 
@@ -59,8 +60,11 @@ def _run_agent(num_nodes: int, processes: int, words: list[str]) -> int:
 def _pass_on(number: int, frame: FrameType | None) -> None:
     import psutil
 
-    for child in psutil.Process().children():
+    children = psutil.Process().children()
+    for child in children:
         child.send_signal(signal.SIGUSR1)
+    if not children:
+        sys.exit(128 + number)
 
 
 if __name__ == "__main__":

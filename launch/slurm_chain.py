@@ -115,6 +115,8 @@ def load_chain(path: Path, replaced: Sequence[str] = ()) -> Chain:
     if not NAME.fullmatch(text.name):
         raise ConfigError(f"{path}: name={text.name}: use letters, digits, - and _")
     variables = _replace({"output": text.output} | free["variables"], replaced)
+    if variables["output"] in (None, ""):
+        raise ConfigError(f"{path}: output: is empty; give a folder")
     output = Path(str(variables["output"])).expanduser().absolute()
     variables["output"] = str(output)
     if ELEMENT in variables:
@@ -133,15 +135,29 @@ def load_chain(path: Path, replaced: Sequence[str] = ()) -> Chain:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        found = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give the YAML file of a chain") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
-    return _mapping(found, str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file ({error}); give the YAML file of a chain") from None
+    return _mapping(_load_yaml(text, str(path)), str(path))
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Leaves a time, as 8:00:00, the text that it is; YAML 1.1 has it a number to the base of 60."""
+
+        def construct_yaml_int(self, node: yaml.ScalarNode) -> int | str:
+            return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not readable as YAML ({' '.join(str(error).split())})") from None
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -159,13 +175,11 @@ def _from_dict[T](cls: type[T], values: dict[str, Any], where: str) -> T:
 
 
 def _replace(variables: dict[str, Any], replaced: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
     for word in replaced:
         name, equals, value = word.partition("=")
         if not equals or name not in variables:
             raise ConfigError(f"--set {word}: give NAME=VALUE; variables of the chain are {', '.join(variables)}")
-        variables[name] = yaml.safe_load(value)
+        variables[name] = _load_yaml(value, f"--set {word}")
     return dict(variables)
 
 
@@ -205,13 +219,14 @@ def _make_step(where: str, chain: str, name: str, text: _StepText, options: dict
     own: dict[str, Any] = {"job-name": f"{chain}.{name}", "output": str(log)}
     if array:
         own["array"] = f"0-{len(array) - 1}"
-    placeholder = {ELEMENT: f"{{{ELEMENT}}}"} if array else {}
+    placeholders = {"output": "\0"} | ({ELEMENT: f"{{{ELEMENT}}}"} if array else {})
     try:
-        words = shlex.split(_fill(text.run, variables | placeholder, f"{where}.run"))
+        words = shlex.split(_fill(text.run, variables | placeholders, f"{where}.run"))
     except ValueError as error:
         raise ConfigError(f"{where}.run: {error}") from None
     each = [variables | {ELEMENT: word} for word in array] or [variables]
     made = dict.fromkeys(_fill(text.makes, one, f"{where}.makes") for one in each)
+    words = [word.replace(placeholders["output"], str(output)) for word in words]  # one word, though it has spaces
     script = render(base.read_text(), options | own, words, array)
     digest = hashlib.sha256("\0".join([script, *(step.hash for step in before)]).encode()).hexdigest()
     return Step(name=name, script=script, after=text.after, log=log, hash=digest,
@@ -224,7 +239,12 @@ def render(base: str, options: Mapping[str, Any], words: Sequence[str], array: S
     last = max(index for index, line in enumerate(lines) if line.startswith("#SBATCH"))
     own = [line.removeprefix("#SBATCH --").partition("=") for line in lines if line.startswith("#SBATCH")]
     merged: dict[str, Any] = {name: value if equals else True for name, equals, value in own} | dict(options)
-    header = [f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={value}"
+    header = [f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={_quoted(str(value))}"
               for name, value in merged.items() if value is not None and value is not False]
     exported = [f"export M3_ARRAY={shlex.quote(' '.join(array))}"] if array else []
     return "\n".join([lines[0], *header, *exported, f"set -- {shlex.join(words)}", *lines[last + 1 :], ""])
+
+
+def _quoted(value: str) -> str:
+    """A value as sbatch reads it whole from a script."""
+    return f'"{value}"' if re.search(r"\s", value) else value

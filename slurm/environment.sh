@@ -21,7 +21,7 @@ M3_MPI="${M3_MPI:-pmi2}"
 
 # Processes on each node: its GPUs, or one without any. A step gets all GPUs that the job has on a node; by itself Slurm
 # would give it none of those that came with a whole node, unasked.
-gpus="${SLURM_GPUS_ON_NODE:-$(command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 0)}"
+gpus="${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)}"
 export M3_PROCESSES_PER_NODE="${M3_PROCESSES_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
 [ "${SLURM_GPUS_ON_NODE:-0}" -eq 0 ] || M3_SRUN+=(--gpus-per-node="$SLURM_GPUS_ON_NODE")
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
@@ -37,6 +37,6 @@ export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/m3-triton-$UID}"
 export HF_HOME="${HF_HOME:-$M3_HOME/.cache/huggingface}"
 
 # Where the nodes of a job meet: the address by which Slurm reaches the first, and a port of the job's own.
-first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)" # to its end: none breaks off for thousands
 address="$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
 export M3_RENDEZVOUS="${M3_RENDEZVOUS:-${address:-$first}:$((20000 + SLURM_JOB_ID % 10000))}"

@@ -2,7 +2,7 @@
 # {element} in the words is the element's word of M3_ARRAY; without it the elements are alike, and share the blocks of a
 # job that can be shared. One that cannot be begins from nothing when it comes back.
 RETRY=killed
-case "$1 ${2:-}" in
+case "${1:-} ${2:-}" in
 "data collect" | "data filter" | "data deduplicate" | "data tokenize" | "data references") ;;
 "data embed" | "data index" | "data neighbours") ;;
 *) TIME_UP=stay ;;

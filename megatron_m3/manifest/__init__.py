@@ -13,6 +13,7 @@ from megatron_m3.manifest.manifest import (
     is_finished,
     link_or_copy,
     read_manifest,
+    tell_kept,
     write_manifest,
 )
 
@@ -32,5 +33,6 @@ __all__ = [
     "link_or_copy",
     "map_block",
     "read_manifest",
+    "tell_kept",
     "write_manifest",
 ]

@@ -22,6 +22,7 @@ from megatron_m3.manifest.manifest import (
     clear_half_written,
     hash_file,
     hash_json,
+    tell_kept,
 )
 
 JOB = "job.json"
@@ -208,6 +209,7 @@ class BlockFolder:
         record[CHECK] = hash_json(record)
         with atomic_path(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(record, sort_keys=True) + "\n")
+        tell_kept()
 
     def info(self, num_blocks: int) -> Iterator[dict[str, Any]]:
         """The ``info`` of every block, in order."""

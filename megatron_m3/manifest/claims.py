@@ -7,10 +7,13 @@ piece must come out the same whoever does it, and be put in place in one step.
 
 import contextlib
 import os
+import re
 import secrets
 import threading
 from pathlib import Path
 from typing import Self
+
+from megatron_m3.manifest.process import is_running, place
 
 CLAIMS = ".claims"
 """Folder in the folder of an artifact that is being made."""
@@ -18,6 +21,7 @@ SIGN_SECONDS = 5.0
 """Most time between two signs of life."""
 EXPIRY_SECONDS = 60.0
 """A claim ends when its owner's last sign is older than this."""
+OWNER = re.compile(r"(?P<place>.+)-(?P<pid>\d+)-[0-9a-f]+")
 
 
 class Claims:
@@ -28,13 +32,14 @@ class Claims:
 
     def __init__(self, folder: Path, *, expiry: float = EXPIRY_SECONDS) -> None:
         self.folder, self.expiry = folder, expiry
-        self.owner = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.owner = f"{place()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._held, self._over = set[str](), threading.Event()
         self._thread = threading.Thread(target=self._give_signs, daemon=True)
 
     def __enter__(self) -> Self:
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self.folder.mkdir(parents=True)
             with contextlib.suppress(FileNotFoundError):  # the last of the others removes the folder just now
                 self._sign(self.owner).touch()
                 break
@@ -101,13 +106,15 @@ class Claims:
 
     def _is_taken(self, path: Path) -> bool:
         owner = _read(path)
-        if owner == "":  # its owner is just about to write its name, or died before it did
+        if owner is None:
+            return False
+        if not OWNER.fullmatch(owner):  # its owner is just about to write its name, or died before it had
             return self._is_fresh(path)
-        return owner is not None and self._is_alive(owner)
+        return self._is_alive(owner)
 
     def _is_alive(self, owner: str) -> bool:
-        host, pid = owner.rsplit("-", 2)[:2]
-        if host == os.uname().nodename and not is_running(int(pid)):
+        found = OWNER.fullmatch(owner)
+        if found and found["place"] == place() and not is_running(int(found["pid"])):
             return False
         return self._is_fresh(self._sign(owner))
 
@@ -118,17 +125,6 @@ class Claims:
             return mine.stat().st_mtime - path.stat().st_mtime <= self.expiry
         except FileNotFoundError:
             return False
-
-
-def is_running(pid: int) -> bool:
-    """Whether there is a process of this number on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def _read(path: Path) -> str | None:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from megatron_m3.errors import ArtifactError
-from megatron_m3.manifest.claims import is_running
+from megatron_m3.manifest.process import is_running, machine
 
 NAME = "lock.json"
 LEASE_SECONDS = 90.0
@@ -47,12 +47,12 @@ class Owner:
     @classmethod
     def me(cls, command: str, lease: float) -> Self:
         """This process."""
-        return cls(host=socket.gethostname(), machine=_machine(), pid=os.getpid(), command=command,
+        return cls(host=socket.gethostname(), machine=machine(), pid=os.getpid(), command=command,
                    started=_utc(time.time()), token=secrets.token_hex(8), expires=time.time() + lease)
 
     def is_gone(self) -> bool:
         """Whether its process is known to have ended: it ran here, and there is none of that number now."""
-        return (self.host, self.machine) == (socket.gethostname(), _machine()) and not is_running(self.pid)
+        return (self.host, self.machine) == (socket.gethostname(), machine()) and not is_running(self.pid)
 
     def __str__(self) -> str:
         return f"`{self.command}`, process {self.pid} on {self.host}, since {self.started}"
@@ -177,12 +177,3 @@ def read_owner(path: Path) -> Owner | None:
 
 def _utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _machine() -> str:
-    parts = []
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    with contextlib.suppress(OSError):
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)

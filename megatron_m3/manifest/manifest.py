@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_m3.errors import ArtifactError
-from megatron_m3.manifest.claims import is_running
+from megatron_m3.manifest.process import is_running, place
 
 NAME = "manifest.json"
-HALF_WRITTEN = re.compile(r"\.(?P<name>[^.]+\.[^.]+)\.(?P<host>.+)\.(?P<pid>\d+)\.tmp")
+HALF_WRITTEN = re.compile(r"\.(?P<name>[^.]+\.[^.]+)\.(?P<place>.+)\.(?P<pid>\d+)\.tmp")
 """Names that :func:`atomic_path` gives."""
+STANDSTILL = "M3_STANDSTILL"
+"""Names a file that is there as long as a job has kept nothing since it began; a full disk lets it be removed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ def hash_file(path: Path) -> dict[str, Any]:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{place()}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as stream:
@@ -80,6 +82,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def tell_kept() -> None:
+    """Tell the Slurm job of this process, if it is of one, that it has kept something which it need not do again."""
+    if STANDSTILL in os.environ:
+        Path(os.environ[STANDSTILL]).unlink(missing_ok=True)
+
+
 def clear_half_written(folder: Path, names: Container[str]) -> None:
     """Remove what killed processes left of files ``names`` in ``folder``, none of which others need to write now.
 
@@ -87,8 +95,7 @@ def clear_half_written(folder: Path, names: Container[str]) -> None:
     """
     for path in folder.glob(".*.tmp"):
         found = HALF_WRITTEN.fullmatch(path.name)
-        if found and found["name"] in names and not (found["host"] == os.uname().nodename
-                                                     and is_running(int(found["pid"]))):
+        if found and found["name"] in names and not (found["place"] == place() and is_running(int(found["pid"]))):
             path.unlink(missing_ok=True)
 
 
@@ -100,12 +107,15 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     write the same artifact the first to end gives the folder; that is no error for the others.
 
     Raises:
-        ArtifactError: ``folder`` exists and is not an empty folder, or another process made something else of it.
+        ArtifactError: ``folder`` exists and is not an empty folder, or cannot be replaced since it is a mount point, or
+            another process made something else of it.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ArtifactError(f"{folder}: exists already; remove it or choose another folder")
-    mine = f".{folder.name}.{os.uname().nodename}."
+    if folder.is_mount():
+        raise ArtifactError(f"{folder}: a file system is mounted there; choose a folder in it")
+    mine = f".{folder.name}.{place()}."
     for left in folder.parent.glob(f"{glob.escape(mine)}*.tmp"):
         pid = left.name.removeprefix(mine).removesuffix(".tmp")
         if pid.isdecimal() and (int(pid) == os.getpid() or not is_running(int(pid))):
@@ -126,6 +136,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if not _is_same(temporary, folder):
                 raise ArtifactError(f"{folder}: another process made it meanwhile, of something else; remove it or "
                                     "choose another folder") from None
+        tell_kept()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -171,7 +182,7 @@ def read_manifest(folder: Path, kind: str, schema: int) -> Manifest:
         fields = json.loads(path.read_text())
         recorded = fields.pop("hash")
         manifest = Manifest(**fields)
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ArtifactError(f"{path}: not a readable manifest; make the {kind} again") from None
     if manifest.kind != kind:
         raise ArtifactError(f"{folder}: is of kind {manifest.kind}, not {kind}; give a folder of kind {kind}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_m3.config import Config, ParallelConfig, from_dict, to_dict
 from megatron_m3.errors import ArtifactError, ConfigError, M3Error
-from megatron_m3.manifest import Manifest, check_files, read_manifest, write_manifest
+from megatron_m3.manifest import Manifest, check_files, read_manifest, tell_kept, write_manifest
 from megatron_m3.model.checkpoint_files import (
     DiskError,
     check_checksums,
@@ -157,9 +157,12 @@ def save_checkpoint(output: Path, step: int, models: Sequence[Any], config: Conf
                     "training": training or {}}
         write_manifest(temporary, Manifest(kind=KIND, schema=SCHEMA, settings=settings, files=files,
                                            inputs=(inputs or {}) | {"tokenizer": tokenizer.hash}))
-        if folder.exists():
+        was_there = folder.exists()
+        if was_there:
             remove_checkpoint(folder)
         temporary.rename(folder)
+        if not was_there:
+            tell_kept()
 
     try:
         on_first_process(begin)

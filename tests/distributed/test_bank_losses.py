@@ -1,12 +1,12 @@
 """Bank builds that lose ranks, or wait for slow ones: nothing finished is lost, and the bytes are the same."""
 
 import contextlib
-import os
 import random
 import signal
 
 import pytest
 
+from megatron_m3.manifest.process import place
 from tests.bank_jobs import JOB, NUM_SHARDS, claimed, digest, finished, ranks_of, started, wait_until
 
 RANKS = 2
@@ -52,7 +52,7 @@ def test_a_stopped_rank_holds_only_its_open_shards(inputs, built, tmp_path):
         wait_until(lambda: len(finished(output)) >= 10)
         slow = ranks_of(job)[0]
         slow.send_signal(signal.SIGSTOP)
-        mine = f"{os.uname().nodename}-{slow.pid}-"
+        mine = f"{place()}-{slow.pid}-"
         held = {path.stem for path in output.glob(".claims/shard_*.claim") if owner(path).startswith(mine)}
         assert len(finished(output)) < NUM_SHARDS - OPEN, "faster than the test"
         wait_until(lambda: len(set(finished(output)) | held) == NUM_SHARDS)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -117,3 +118,19 @@ def test_killed_run_leaves_only_whole_checkpoints_and_goes_on(data, tmp_path):
     assert f"going on after step {step}" in output
     assert [record["step"] for record in records(folder)] == list(range(1, step + 2))
     assert not list(folder.glob(".step_*"))
+
+
+def test_an_agent_that_waits_for_other_nodes_leaves_when_it_is_asked_to(tmp_path):
+    """Its processes have not begun, so that there is none to pass the request on to."""
+    port = free_port()
+    job = {"SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_JOB_ID": "5", "M3_PROCESSES_PER_NODE": "1",
+           "M3_RENDEZVOUS": f"127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
+    options = [f"--{name}={tmp_path}" for name in ("training.output", "data.tokens", "data.tokenizer")]
+    with subprocess.Popen([sys.executable, "-m", "launch.node", "--recipe=tiny", *options], cwd=ROOT,
+                          env=os.environ | job) as agent, socket.socket() as asked:
+        wait_until(lambda: asked.connect_ex(("127.0.0.1", port)) == 0, [])
+        agent.send_signal(signal.SIGTERM)
+        try:
+            assert agent.wait(DEADLINE) == 128 + signal.SIGTERM
+        finally:
+            agent.kill()

@@ -1,7 +1,6 @@
 """What our model cannot compute, or what is damaged, is refused by name before anything is written."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ckpt_convert.families import read_config
 from ckpt_convert.from_hf import FromOptions, convert
 from ckpt_convert.to_hf import ToOptions
 from megatron_m3.errors import ArtifactError, ConfigError, M3Error, UnsupportedError
+from megatron_m3.manifest.process import place
 from megatron_m3.model.checkpoint import read_checkpoint
 from megatron_m3.platform.progress import Progress
 from tests.hf_models import LLAMA3, make_model
@@ -200,8 +200,8 @@ def test_an_interrupted_conversion_leaves_nothing_and_can_be_repeated(plain: Pat
                 job(options)
         assert not any(path.is_file() for path in tmp_path.rglob("*") if Path(options.output) in path.parents)
         # what a killed process would have left
-        place = Path(options.output) / "step_0000000" if job is convert else tmp_path / "back"
-        left = place.with_name(f".{place.name}.{os.uname().nodename}.{ended_process()}.tmp")
+        made = Path(options.output) / "step_0000000" if job is convert else tmp_path / "back"
+        left = made.with_name(f".{made.name}.{place()}.{ended_process()}.tmp")
         left.mkdir(parents=True, exist_ok=True)
         (left / "half").write_text("")
         job(options)

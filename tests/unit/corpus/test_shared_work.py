@@ -10,6 +10,7 @@ from data_tools.shared_work import Workers, share
 from megatron_m3.errors import ArtifactError, DataError
 from megatron_m3.manifest import BlockFolder
 from megatron_m3.manifest.claims import CLAIMS
+from megatron_m3.manifest.process import place
 from tests.launcher import ended_process
 
 
@@ -62,7 +63,7 @@ def test_an_error_in_a_worker_reaches_the_user_and_frees_its_claim(tmp_path, cou
 
 def test_what_a_killed_job_left_half_written_is_cleared_and_nothing_else(tmp_path):
     folder = BlockFolder(tmp_path / "blocks", {"kind": "test"})
-    host, dead = os.uname().nodename, ended_process()
+    host, dead = place(), ended_process()
     left = [f".{folder.name(1)}.{host}.{dead}.tmp", f".block_000000.json.{host}.{dead}.tmp",
             f".{folder.name(0)}.other.host.{os.getpid()}.tmp"]
     kept = [f".{folder.name(0)}.{host}.{os.getppid()}.tmp", f".manifest.json.other.{dead}.tmp",
@@ -88,6 +89,22 @@ def test_a_block_that_another_did_and_cleared_up_after_is_no_error(tmp_path):
     assert list(share(folder, 1, loses_the_race)) == [0]
     with pytest.raises(FileNotFoundError):
         list(share(folder, 2, lambda index: (tmp_path / "none").read_text()))
+
+
+def test_a_block_that_another_writes_meanwhile_counts_as_kept(tmp_path, monkeypatch):
+    folder, told = BlockFolder(tmp_path / "blocks", {"kind": "test"}), tmp_path / "nothing_kept"
+    monkeypatch.setenv("M3_STANDSTILL", str(told))
+
+    def another(index):
+        with pytest.MonkeyPatch.context() as elsewhere:
+            elsewhere.delenv("M3_STANDSTILL")
+            folder.write(index, {"values": np.zeros(1)})
+
+    for blocks, was_told in ((1, True), (1, False), (2, True)):
+        told.touch()
+        with Workers(1) as workers:
+            workers.run("test", folder, [1] * blocks, "blocks", another)
+        assert told.exists() is not was_told
 
 
 def test_of_two_jobs_that_begin_at_once_one_is_refused(tmp_path, monkeypatch):

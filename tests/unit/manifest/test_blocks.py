@@ -38,6 +38,18 @@ def test_a_job_goes_on_where_blocks_are_missing(tmp_path: Path) -> None:
     assert BlockFolder(tmp_path, JOB).missing(5) == [1, 2, 3, 4]
 
 
+def test_a_block_that_is_kept_is_told_to_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "nothing_kept"
+    told.touch()
+    monkeypatch.setenv("M3_STANDSTILL", str(told))
+    writer = BlockFolder(tmp_path / "blocks", JOB)
+    with pytest.raises(RuntimeError), writer.writing(0, {}):
+        raise RuntimeError
+    assert told.exists()
+    fill(tmp_path / "blocks", [0])
+    assert not told.exists()
+
+
 def test_resumed_blocks_are_the_same_bytes_as_never_interrupted(tmp_path: Path) -> None:
     whole, resumed = fill(tmp_path / "a", [0, 1, 2]), fill(tmp_path / "b", [2])
     assert fill(tmp_path / "b", resumed.missing(3)).files(3) == whole.files(3)

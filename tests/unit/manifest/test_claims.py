@@ -5,6 +5,9 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from megatron_m3.manifest.claims import Claims
 from tests.launcher import ROOT
@@ -55,6 +58,18 @@ def test_many_at_once_get_every_piece_once(tmp_path):
     assert sorted(taken) == list(range(50))
 
 
+def test_some_come_while_others_go(tmp_path):
+    """The last to go removes the folder, which another is just about to enter."""
+    def come_and_go(number: int) -> None:
+        for _ in range(300):
+            with Claims(tmp_path / "claims"):
+                pass
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(come_and_go, range(4)))) == 4
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dead_process_owns_nothing(tmp_path):
     with Claims(tmp_path / "claims") as claims:
         owner = subprocess.Popen([sys.executable, "-c", CLAIM, str(tmp_path / "claims")], stdin=subprocess.PIPE,
@@ -85,10 +100,11 @@ def test_an_owner_without_signs_of_life_loses_its_piece_and_learns_it(tmp_path):
         assert other.holds("a")
 
 
-def test_an_owner_that_died_before_it_wrote_its_name(tmp_path):
+@pytest.mark.parametrize("written", ["", "hal"])
+def test_an_owner_that_died_before_it_wrote_its_name(tmp_path, written):
     with Claims(tmp_path, expiry=30) as claims:
         path = tmp_path / "a.claim"
-        path.touch()
+        path.write_text(written)
         assert not claims.take("a")
         os.utime(path, (path.stat().st_mtime - 31,) * 2)
         assert claims.take("a")

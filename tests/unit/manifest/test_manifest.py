@@ -21,6 +21,7 @@ from megatron_m3.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_m3.manifest.process import place
 from tests.launcher import ended_process
 
 INPUTS, SETTINGS = {"tokenizer": "ab" * 32}, {"length": 128}
@@ -80,7 +81,7 @@ def test_a_tampered_manifest_is_refused(folder: Path) -> None:
         read_manifest(folder, "references", 1)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"hash": "a", "colour": 1}', "\x00\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"hash": "a", "colour": 1}', "\x00\xff"])
 def test_an_unreadable_manifest_is_refused(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ArtifactError, match="not a readable manifest"):
@@ -159,6 +160,30 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (folder / "whole").read_text() == "yes"
 
 
+def test_a_folder_that_is_made_is_told_to_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "nothing_kept"
+    told.touch()
+    monkeypatch.setenv("M3_STANDSTILL", str(told))
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "index"):
+        raise RuntimeError
+    assert told.exists()
+    for name in ("one", "other"):
+        with atomic_folder(tmp_path / name):
+            pass
+        assert not told.exists()
+
+
+@pytest.mark.parametrize("target", ["empty", "new"])
+def test_a_folder_behind_a_link_is_made_where_the_link_leads(tmp_path: Path, target: str) -> None:
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    link = tmp_path / "index"
+    link.symlink_to(tmp_path / "disk" / target)
+    with atomic_folder(link) as temporary:
+        (temporary / "whole").touch()
+    assert link.is_symlink()
+    assert (tmp_path / "disk" / target / "whole").exists()
+
+
 def write_slowly(folder: Path, number: int, setting: int) -> None:
     """Write an artifact while another process writes one to the same place, and say what came of it."""
     here = folder.parent
@@ -193,10 +218,10 @@ def test_two_processes_that_write_one_folder_do_not_mix(tmp_path: Path, setting:
 
 
 def test_what_dead_processes_left_of_a_folder_goes_and_what_others_write_stays(tmp_path: Path) -> None:
-    host, dead, folder = os.uname().nodename, ended_process(), tmp_path / "index"
-    left = [f".index.{host}.{dead}.tmp", f".index.{host}.{os.getpid()}.tmp"]
-    kept = [f".index.{host}.{os.getppid()}.tmp", f".index.other.{dead}.tmp", f".other.{host}.{dead}.tmp",
-            f".index.{host}.x.tmp"]
+    here, dead, folder = place(), ended_process(), tmp_path / "index"
+    left = [f".index.{here}.{dead}.tmp", f".index.{here}.{os.getpid()}.tmp"]
+    kept = [f".index.{here}.{os.getppid()}.tmp", f".index.other.{dead}.tmp", f".other.{here}.{dead}.tmp",
+            f".index.{here}.x.tmp"]
     for name in [*left, *kept]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()

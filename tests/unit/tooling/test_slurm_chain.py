@@ -18,7 +18,7 @@ CHAIN = """\
 name: small
 output: runs/small
 variables: {{count: 7, words: b c}}
-slurm: {{partition: main, time: 30}}
+slurm: {{partition: main, time: 8:00:00}}
 steps:
   second:
     script: pretrain
@@ -61,7 +61,7 @@ def test_options_of_a_step_go_before_the_chains_and_these_before_the_scripts(pat
     assert {"#SBATCH --time=60", "#SBATCH --nodes=7", "#SBATCH --partition=main", "#SBATCH --requeue",
             "#SBATCH --job-name=small.second"} <= options
     assert not [line for line in options if "exclusive" in line]
-    assert "#SBATCH --time=30\n" in first.script
+    assert "#SBATCH --time=8:00:00\n" in first.script
 
 
 def test_replaced_variables_change_the_step_and_those_after_it(path: Path, tmp_path: Path) -> None:
@@ -71,6 +71,9 @@ def test_replaced_variables_change_the_step_and_those_after_it(path: Path, tmp_p
     assert before[1].hash != words[1].hash
     assert before[0].hash == count[0].hash
     assert load_chain(path, (f"output={tmp_path}",)).output == tmp_path
+    spaced = load_chain(path, (f"output={tmp_path}/a b",)).steps[0]
+    assert f" --output '{tmp_path}/a b/{{element}}'\n" in spaced.script
+    assert f'#SBATCH --output="{tmp_path}/a b/slurm/first-%A_%a.log"\n' in spaced.script
 
 
 def test_what_is_made_is_known_by_its_manifest_or_its_file(path: Path, tmp_path: Path) -> None:
@@ -113,6 +116,10 @@ def test_mistakes_are_told_with_their_place(change: tuple[str, str], message: st
 def test_unknown_variables_and_files_are_refused(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--set cuont=8: give NAME=VALUE; variables .* count, words"):
         load_chain(path, ("cuont=8",))
+    with pytest.raises(ConfigError, match=r"--set count=\[: not readable as YAML"):
+        load_chain(path, ("count=[",))
+    with pytest.raises(ConfigError, match="output: is empty; give a folder"):
+        load_chain(path, ("output=",))
     with pytest.raises(ConfigError, match="No such file"):
         load_chain(tmp_path / "other.yaml")
 

@@ -236,14 +236,21 @@ def test_non_finite_gradients_return_at_once(run):
     assert summary.loss < 8
 
 
-def test_stop_file_saves_and_leaves(run, tmp_path, capsys):
+def test_stop_file_saves_and_leaves(run, tmp_path, capsys, monkeypatch):
+    told = tmp_path / "nothing_kept"
+    monkeypatch.setenv("M3_STANDSTILL", str(told))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "STOP").touch()
     summary, _ = run(training__steps=5)
     assert (summary.finished, summary.step) == (False, 1)
     assert "STOP: saved step 1" in capsys.readouterr().err
+    told.touch()
     summary, records = run(training__steps=5)
     assert (summary.finished, len(records)) == (True, 5)
+    assert not told.exists(), "a Slurm job would think that nothing was saved"
+    told.touch()
+    run(training__steps=5)
+    assert told.exists()
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
