@@ -136,8 +136,10 @@ class ReadingPlan:
             turned = (rotate(part, table, self.backend_name) for part in (query_SBHD, key_SBGD))
             return *turned, value_SBGD
         P = self.prefix_length
-        if not self.rooms:  # all layers use the same
-            self.rooms = [part.new_zeros(P + len(part), *part.shape[1:]) for part in (query_SBHD, key_SBGD, value_SBGD)]
+        if not self.rooms:  # of all layers; a sequence's rows are neighbours, as attention wants them
+            S, B = query_SBHD.shape[:2]
+            self.rooms = [part.new_zeros(B, P + S, *part.shape[2:]).transpose(0, 1)
+                          for part in (query_SBHD, key_SBGD, value_SBGD)]
         query_TBHD, key_TBGD, value_TBGD = self.rooms
         for room_TBGD, known_PGD in zip((key_TBGD, value_TBGD), self.prefix[layer], strict=True):
             room_TBGD[:P] = known_PGD[:, None]
