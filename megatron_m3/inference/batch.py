@@ -12,7 +12,7 @@ from megatron_m3.inference.cache import CachePlan, CacheShape
 from megatron_m3.inference.decoder import Decoder
 from megatron_m3.inference.forward import local_kv_heads
 from megatron_m3.inference.generation import Continuation, ReadReference, Statistics
-from megatron_m3.inference.reading import ChunkMemories, ReadingPlan
+from megatron_m3.inference.reading import ChunkMemories, PrefixKeyValues, ReadingPlan
 from megatron_m3.inference.recall import Recall
 from megatron_m3.inference.sampling import choose
 from megatron_m3.model.checkpoint import LoadedModel
@@ -43,17 +43,18 @@ class Batch:
         recall: Recall | None,
         continuations: Sequence[Continuation],
         *,
+        prefix: PrefixKeyValues = (),
         stop_at_eos: bool = True,
         prefetch_tokens: int = 0,
     ) -> None:
-        """``decoder`` has the weights of ``loaded``.
+        """``decoder`` has the weights of ``loaded``, and ``prefix`` what it makes of the prefix.
 
         ``prefetch_tokens`` before the end of a chunk, what it may read is brought; 0: it is not.
         """
         self.loaded, self.config, self.decoder, self.recall = loaded, loaded.config, decoder, recall
         self.continuations = list(continuations)
         self.chunk_length = self.config.memory.chunk_length
-        self.prefix = list(loaded.prefix_ids) if recall else []
+        self.prefix = prefix
         self.prefetch_tokens = prefetch_tokens if recall else 0
         self.eos = loaded.tokenizer.eos_id if stop_at_eos else None
         self.statistics = Statistics(prompt_tokens=sum(len(one.prompt) for one in self.continuations))
@@ -64,13 +65,14 @@ class Batch:
         return any(one.goes_on for one in self.continuations)
 
     def prefill(self) -> None:
-        """Read prefix and prompts in one pass, fill the cache, and take each one's first token."""
+        """Read the prompts in one pass, fill the cache, and take each one's first token."""
         prompts = [one.prompt for one in self.continuations]
         lengths = [1 + len(prompt) for prompt in prompts]
         memories = self._recall_prompts(self.recall) if self.recall else None
         started = time.perf_counter()
         parameter, model = next(self.loaded.model.parameters()), self.config.model
-        rope, prefix, longest = Rope.of(model), len(self.prefix), max(lengths)
+        rope, longest = Rope.of(model), max(lengths)
+        prefix = len(self.prefix[0][0]) if self.prefix else 0
         positions_T = trunk_positions(prefix, self.config.memory.reference_length, longest).to(parameter.device)
         heads = local_kv_heads(self.config)
         shape = CacheShape(
@@ -91,17 +93,18 @@ class Batch:
         self.cache = CachePlan(shape, rope, backend)
         plan = ReadingPlan(
             rope,
-            positions_T,
+            positions_T[prefix:],
             prefix_length=prefix,
             chunk_length=self.chunk_length,
+            prefix=self.prefix,
             memories=memories,
             keep=self.cache.keep,
             backend=backend,
         )
         bos, padding = self.loaded.tokenizer.bos_id, self.loaded.tokenizer.eos_id
-        rows = [[*self.prefix, bos, *p, *[padding] * (longest - 1 - len(p))] for p in prompts]
+        rows = [[bos, *p, *[padding] * (longest - 1 - len(p))] for p in prompts]
         last_B = torch.tensor(lengths, device=parameter.device) - 1
-        logits_BV = self.decoder(torch.tensor(rows, device=parameter.device), plan, last_B + prefix)
+        logits_BV = self.decoder(torch.tensor(rows, device=parameter.device), plan, last_B)
         self.cache.begin(lengths)
         if memories:
             self.cache.recall(memories.chunk(last_B // self.chunk_length))

@@ -12,9 +12,12 @@ from megatron_m3.inference.batch import Batch
 from megatron_m3.inference.decoder import Decoder
 from megatron_m3.inference.forward import local_kv_heads, restricted_heads
 from megatron_m3.inference.generation import Continuation, Generation, Statistics
+from megatron_m3.inference.reading import PrefixKeyValues, read_prefix
 from megatron_m3.inference.recall import Recall
 from megatron_m3.inference.sampling import Draw, Sampling, draws
 from megatron_m3.model.checkpoint import LoadedModel
+from megatron_m3.model.rope import Rope
+from megatron_m3.ops.choice import choose_backend
 
 if TYPE_CHECKING:
     from megatron_m3.memory import MemorySource
@@ -40,6 +43,7 @@ class Engine:
         self.loaded, self.config = loaded, loaded.config
         self.decoder = Decoder(loaded.model, loaded.config)
         self.recall: Recall | None = None
+        self.prefix: PrefixKeyValues = ()
         if not 0 <= prefetch_tokens < self.config.memory.chunk_length:
             raise ConfigError(f"prefetch_tokens={prefetch_tokens}: must be 0 (none) or less than the "
                               f"{self.config.memory.chunk_length} tokens of a chunk")
@@ -55,6 +59,9 @@ class Engine:
                 device=loaded.device,
                 max_overlap=max_overlap,
             )
+            with torch.inference_mode():
+                self.prefix = read_prefix(self.decoder, loaded.prefix_ids, Rope.of(self.config.model), loaded.device,
+                                          choose_backend(self.config.model).name)
 
     def generate(
         self,
@@ -114,8 +121,8 @@ class Engine:
 
     def batch(self, continuations: Sequence[Continuation], *, stop_at_eos: bool = True) -> Batch:
         """Continuations that begin together; it is filled and stepped in :class:`torch.inference_mode`."""
-        return Batch(self.loaded, self.decoder, self.recall, continuations, stop_at_eos=stop_at_eos,
-                     prefetch_tokens=self.prefetch_tokens)
+        return Batch(self.loaded, self.decoder, self.recall, continuations, prefix=self.prefix,
+                     stop_at_eos=stop_at_eos, prefetch_tokens=self.prefetch_tokens)
 
     def generation(self, continuation: Continuation) -> Generation:
         """What a continuation generated so far, as text."""

@@ -1,11 +1,11 @@
 """One pass over ``[prefix | context]`` in which every chunk of the context reads its own memories (section 3.1).
 
 Legend of shape suffixes: T prefix and context, S sequence, B batch, C chunks, R references of a chunk, K kept tokens,
-M = R * K memory slots, N memories, Lm memory layers, H query heads, G kv heads, D head size.
+M = R * K memory slots, N memories, Lm memory layers, P prefix, H query heads, G kv heads, D head size.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from megatron_m3.memory import ExplicitMemories
 
 KeepKeyValues = Callable[[int, Tensor, Tensor], None]
+type PrefixKeyValues = Sequence[tuple[Tensor, Tensor]]
+"""Rotated keys and values of the prefix in each layer, [P, G, D]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,28 +101,56 @@ class ReadingPlan:
         *,
         prefix_length: int = 0,
         chunk_length: int = 1,
+        prefix: PrefixKeyValues = (),
         memories: ChunkMemories | None = None,
         keep: KeepKeyValues | None = None,
         backend: str = "torch",
     ) -> None:
-        """``keep(layer, key_BTGD, value_BTGD)`` receives every layer's rotated keys and its values, for a cache."""
+        """``keep(layer, key_BTGD, value_BTGD)`` receives every layer's rotated keys and its values, for a cache.
+
+        With ``prefix``, which :func:`read_prefix` gives, the pass and ``positions_T`` are of the context alone.
+        """
         self.rope, self.positions_T1 = rope, positions_T[:, None]
         self.backend_name, self.backend = backend, get_backend(backend)
         self.prefix_length, self.chunk_length = prefix_length, chunk_length
-        self.memories, self.keep = memories, keep
+        self.prefix, self.memories, self.keep = prefix, memories, keep
         self.table: Table | None = None
+        self.rooms: list[Tensor] = []
 
     def attend(self, layer: int, query_TBHD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor) -> Tensor:
-        """Attention output of ``layer`` for every position, [T, B, H, D]."""
+        """Attention output of ``layer`` for every position of the pass, [T, B, H, D]."""
         if self.table is None:
             self.table = self.rope.table(self.positions_T1, query_TBHD.dtype)
-        query_BTHD = rotate(query_TBHD, self.table, self.backend_name).transpose(0, 1)
-        key_BTGD = rotate(key_TBGD, self.table, self.backend_name).transpose(0, 1)
-        value_BTGD = value_TBGD.transpose(0, 1)
+        query_TBHD, key_TBGD, value_TBGD = self._turned(layer, query_TBHD, key_TBGD, value_TBGD, self.table)
+        query_BTHD, key_BTGD, value_BTGD = (part.transpose(0, 1) for part in (query_TBHD, key_TBGD, value_TBGD))
         if self.keep is not None:
             self.keep(layer, key_BTGD, value_BTGD)
+        out_BTHD = self._read(layer, query_BTHD, key_BTGD, value_BTGD)
+        return out_BTHD.transpose(0, 1)[self.prefix_length if self.prefix else 0 :]
+
+    def _turned(
+        self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, table: Table
+    ) -> Sequence[Tensor]:
+        """Rotated queries and keys, and values, each behind the prefix: its queries are 0, as nobody asks for it."""
+        if not self.prefix:
+            turned = (rotate(part, table, self.backend_name) for part in (query_SBHD, key_SBGD))
+            return *turned, value_SBGD
+        P = self.prefix_length
+        if not self.rooms:  # of all layers; a sequence's rows are neighbours, as attention wants them
+            S, B = query_SBHD.shape[:2]
+            self.rooms = [part.new_zeros(B, P + S, *part.shape[2:]).transpose(0, 1)
+                          for part in (query_SBHD, key_SBGD, value_SBGD)]
+        query_TBHD, key_TBGD, value_TBGD = self.rooms
+        for room_TBGD, known_PGD in zip((key_TBGD, value_TBGD), self.prefix[layer], strict=True):
+            room_TBGD[:P] = known_PGD[:, None]
+        rotate(query_SBHD, table, self.backend_name, out=query_TBHD[P:])
+        rotate(key_SBGD, table, self.backend_name, out=key_TBGD[P:])
+        value_TBGD[P:] = value_SBGD
+        return self.rooms
+
+    def _read(self, layer: int, query_BTHD: Tensor, key_BTGD: Tensor, value_BTGD: Tensor) -> Tensor:
         if self.memories is None or layer not in self.memories.layers:
-            return self.backend.causal_attention(query_BTHD, key_BTGD, value_BTGD).transpose(0, 1)
+            return self.backend.causal_attention(query_BTHD, key_BTGD, value_BTGD)
         memory_key, memory_value = self.memories.key_values(layer).to(query_BTHD.dtype)
         return self.backend.memory_attention(
             query_BTHD,
@@ -132,4 +162,19 @@ class ReadingPlan:
             prefix_length=self.prefix_length,
             chunk_length=self.chunk_length,
             window=1,
-        ).transpose(0, 1)
+        )
+
+
+def read_prefix(
+    decoder: Callable[[Tensor, ReadingPlan, Tensor], Tensor], prefix_ids: Sequence[int], rope: Rope,
+    device: torch.device, backend: str,
+) -> PrefixKeyValues:
+    """What the prefix, which attends to itself alone, has before any context."""
+    found: list[tuple[Tensor, Tensor]] = []
+    if prefix_ids:
+        tokens_P = torch.tensor(prefix_ids, device=device)
+        plan = ReadingPlan(
+            rope, torch.arange(len(tokens_P), device=device), backend=backend,
+            keep=lambda _, key_BTGD, value_BTGD: found.append((key_BTGD[0].clone(), value_BTGD[0].clone())))
+        decoder(tokens_P[None], plan, torch.zeros(1, dtype=torch.long, device=device))
+    return found

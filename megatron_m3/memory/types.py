@@ -48,7 +48,7 @@ class ExplicitMemories:
 
     def kept_positions(self, row: int) -> np.ndarray:
         """Places of the kept tokens in the reference of ``row``, int16 [L, G, kept]."""
-        return self.positions[row, :, :, : int(self.num_kept[row])].numpy()
+        return self.positions.numpy()[row, :, :, : int(self.num_kept.numpy()[row])]
 
     def valid_slots(self) -> Tensor:
         """Which slots hold a kept token, bool [N, K]."""

@@ -7,9 +7,12 @@ from megatron_m3.ops.rope import reference, triton_backend
 from megatron_m3.ops.rope.reference import Table, turns
 
 
-def rotate(vectors: Tensor, table: Table, backend: str = "torch") -> Tensor:
+def rotate(vectors: Tensor, table: Table, backend: str = "torch", out: Tensor | None = None) -> Tensor:
     """See :func:`megatron_m3.ops.rope.reference.rotate`; one pass by Triton where that goes with ``backend``."""
-    return (triton_backend if takes_triton(backend, vectors.shape[-1]) else reference).rotate(vectors, table)
+    if not takes_triton(backend, vectors.shape[-1]):
+        return reference.rotate(vectors, table, out)
+    turned = triton_backend.rotate(vectors, table)
+    return turned if out is None else out.copy_(turned)
 
 
 __all__ = ["Table", "rotate", "turns"]

@@ -13,9 +13,13 @@ def turns(angle: Tensor, dtype: torch.dtype) -> Table:
     return torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
 
 
-def rotate(vectors: Tensor, table: Table) -> Tensor:
-    """Vectors ``[..., heads, D]`` turned by a table whose leading axes broadcast; the result has the vectors' dtype."""
+def rotate(vectors: Tensor, table: Table, out: Tensor | None = None) -> Tensor:
+    """Vectors ``[..., heads, D]`` turned by a table whose leading axes broadcast; the result has the vectors' dtype.
+
+    It is written to ``out``, if given; then it has no gradient.
+    """
     cosine, sine = table
     # widened once: each product of two types would widen its own copy
     wide = vectors.to(torch.promote_types(vectors.dtype, cosine.dtype))
-    return (wide * cosine + wide.roll(wide.shape[-1] // 2, -1) * sine).to(vectors.dtype)
+    parts = wide * cosine, wide.roll(wide.shape[-1] // 2, -1) * sine
+    return torch.add(*parts).to(vectors.dtype) if out is None else torch.add(*parts, out=out)

@@ -117,6 +117,32 @@ def test_one_pass_with_stored_memories_is_the_training_forward(loaded, batch, me
     torch.testing.assert_close(losses.view_as(trained), trained, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("with_memories", [True, False])
+@torch.no_grad()
+def test_a_known_prefix_is_as_if_it_were_read(loaded, batch, memories, with_memories):
+    from megatron_m3.inference.reading import ReadingPlan, read_prefix
+    from megatron_m3.model.gpt import logits
+    from megatron_m3.model.layout import trunk_positions
+    from megatron_m3.model.rope import Rope
+
+    config, P, context, kept = loaded.config, len(loaded.prefix_ids), batch["context"], ({}, {})
+    read_memories = memories if with_memories else None
+    whole = read(loaded, context, read_memories, keep=lambda layer, *kv: kept[0].update({layer: kv}))
+    rope = Rope(config.model.head_size, config.model.rope_theta)
+
+    def forward(tokens_BS, plan, _=None):
+        return logits(loaded.model, tokens_BS, plan, config.model.vocab_size)
+
+    plan = ReadingPlan(
+        rope, trunk_positions(P, config.memory.reference_length, context.shape[1])[P:], prefix_length=P,
+        chunk_length=config.memory.chunk_length, memories=read_memories,
+        prefix=read_prefix(forward, loaded.prefix_ids, rope, context.device, "torch"),
+        keep=lambda layer, *kv: kept[1].update({layer: tuple(part.clone() for part in kv)}),
+    )
+    torch.testing.assert_close(forward(context, plan), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kept[1], kept[0], rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_decoding_token_by_token_is_the_one_pass(loaded, batch, memories):
     from megatron_m3.model.gpt import logits
