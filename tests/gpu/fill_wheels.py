@@ -16,7 +16,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-LISTS = ("requirements.txt", "requirements-dev.txt", "requirements-demo.txt", "requirements-gpu.txt")
+WAYS = ((("requirements.txt", "requirements-dev.txt"), ()),
+        (("requirements-demo.txt", "requirements-gpu.txt"), ("--no-deps",)))
+"""Lists that are installed together, and how the Makefile has pip install them."""
+LISTS = tuple(name for names, _ in WAYS for name in names)
 COMPLETE = "complete"
 """File that stands in the folder when nothing is missing."""
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)")
@@ -64,8 +67,9 @@ def main() -> None:
     for place, (name, version) in enumerate(wanted, 1):
         told = "there" if has(folder, name, version) else fetch(folder, name, version)
         print(f"[{place:>3}/{len(wanted)}] {name}=={version}: {told}", file=sys.stderr, flush=True)
-    every = [argument for path in lists for argument in ("--requirement", path)]
-    pip("install", "--dry-run", "--ignore-installed", "--no-deps", "--no-index", "--find-links", folder, *every)
+    for names, more in WAYS:
+        pip("install", "--dry-run", "--ignore-installed", "--no-index", "--find-links", folder, *more,
+            *(argument for name in names for argument in ("--requirement", name)))
     (folder / COMPLETE).touch()
     total = sum(path.stat().st_size for path in folder.glob("*.whl"))
     print(f"{folder}: {len(wanted)} wheels, {total / 1e9:.2f} GB; take it with the repository to the machine with the "
