@@ -1,6 +1,10 @@
 """What `make gpu-wheels` takes for wanted and for there."""
 
+from importlib.metadata import requires
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.gpu import fill_wheels
 
@@ -13,6 +17,13 @@ def test_every_line_of_the_lists_is_a_pin():
     assert [f"{name}=={version}" for name, version in found] == [line.split()[0] for line in lines]
     assert ("transformer-engine-torch", "2.20.2") in found
     assert len({name for name, _ in found}) == len(found)
+
+
+def test_all_that_setup_installs_is_pinned():
+    pinned = {canonicalize_name(name) for name, _ in fill_wheels.pins(LISTS[:2])}
+    needed = {canonicalize_name(need.name): name for name in pinned for need in map(Requirement, requires(name) or ())
+              if need.marker is None or need.marker.evaluate({"extra": ""})}
+    assert {name: by for name, by in needed.items() if name not in pinned} == {}
 
 
 def test_a_wheel_is_known_by_its_name_and_its_version(tmp_path):
