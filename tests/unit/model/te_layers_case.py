@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
+import torch  # noqa: F401, first, since it loads the CUDA libraries that Transformer Engine needs
+
 try:
     import transformer_engine.pytorch  # noqa: F401
 except (ImportError, OSError) as error:
