@@ -169,7 +169,10 @@ def test_an_index_that_another_saving_left_is_not_read(plain: Path, tmp_path: Pa
     save_file({"old": torch.ones(1)}, source / "model-00001-of-00001.safetensors")
     (source / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"old": "model-00001-of-00001.safetensors"}}))
-    convert(FromOptions(source=str(source), output=str(tmp_path / "ours")))
+    for folder, output in ((source, "ours"), (plain, "of one file")):
+        convert(FromOptions(source=str(folder), output=str(tmp_path / output)))
+    ours, expected = (read_checkpoint(tmp_path / name / "step_0000000").settings for name in ("ours", "of one file"))
+    assert ours["weights_hash"] == expected["weights_hash"]
 
 
 @pytest.mark.parametrize("nothing", ["absent", "."])
