@@ -42,6 +42,8 @@ class EngineOptions:
     """Memory of the device for memories that were read recently, decoded."""
     prefetch_tokens: int = 0
     """So many tokens before a chunk is full, what it may read is read ahead in the background; 0 waits for its end."""
+    cuda_graphs: bool = False
+    """On a card: launch a step as one CUDA graph once its batch has stayed the same for some steps."""
     max_overlap: float | None = None
     """Drop retrieved references whose overlap with the prompt (eq. 6) is larger; 0.667 when answers are evaluated."""
 
@@ -75,7 +77,7 @@ def build_engine(options: EngineOptions) -> "Engine":
 
     loaded = load_model(Path(options.checkpoint))
     if options.no_memory:
-        return Engine(loaded)
+        return Engine(loaded, cuda_graphs=options.cuda_graphs)
     retriever = Retriever.open(options.index, options.references, loaded.tokenizer)
     if retriever.references.reference_length > loaded.config.memory.reference_length:
         raise ConfigError(
@@ -85,7 +87,8 @@ def build_engine(options: EngineOptions) -> "Engine":
     loaded, records = open_records(options, loaded, retriever.references)
     source = MemorySource(records, delivery(loaded), cache_bytes=options.cache_bytes,
                           decoded_bytes=options.decoded_bytes)
-    return Engine(loaded, retriever, source, max_overlap=options.max_overlap, prefetch_tokens=options.prefetch_tokens)
+    return Engine(loaded, retriever, source, max_overlap=options.max_overlap, prefetch_tokens=options.prefetch_tokens,
+                  cuda_graphs=options.cuda_graphs)
 
 
 def open_records(

@@ -15,6 +15,7 @@ from megatron_m3.inference.generation import Continuation, ReadReference, Statis
 from megatron_m3.inference.reading import ChunkMemories, PrefixKeyValues, ReadingPlan
 from megatron_m3.inference.recall import Recall
 from megatron_m3.inference.sampling import choose
+from megatron_m3.inference.steps import Steps
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.layout import trunk_positions
 from megatron_m3.model.rope import Rope
@@ -46,15 +47,17 @@ class Batch:
         prefix: PrefixKeyValues = (),
         stop_at_eos: bool = True,
         prefetch_tokens: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         """``decoder`` has the weights of ``loaded``, and ``prefix`` what it makes of the prefix.
 
-        ``prefetch_tokens`` before the end of a chunk, what it may read is brought; 0: it is not.
+        ``prefetch_tokens`` before the end of a chunk, what it may read is brought; 0: it is not. ``cuda_graphs``: see
+        :class:`Steps`.
         """
         self.loaded, self.config, self.decoder, self.recall = loaded, loaded.config, decoder, recall
         self.continuations = list(continuations)
         self.chunk_length = self.config.memory.chunk_length
-        self.prefix = prefix
+        self.prefix, self.cuda_graphs = prefix, cuda_graphs
         self.prefetch_tokens = prefetch_tokens if recall else 0
         self.eos = loaded.tokenizer.eos_id if stop_at_eos else None
         self.statistics = Statistics(prompt_tokens=sum(len(one.prompt) for one in self.continuations))
@@ -91,6 +94,7 @@ class Batch:
         )
         backend = choose_backend(model).name
         self.cache = CachePlan(shape, rope, backend)
+        self.steps = Steps(self.decoder, self.cache, graphs=self.cuda_graphs)
         plan = ReadingPlan(
             rope,
             positions_T[prefix:],
@@ -149,8 +153,7 @@ class Batch:
             self._recall_generated(self.recall)
             self._look_ahead(self.recall)
         started = time.perf_counter()
-        self.cache.step()
-        logits_BV = self.decoder(self.newest_B[:, None], self.cache)
+        logits_BV = self.steps(self.newest_B)
         self.statistics.decode_seconds += time.perf_counter() - started
         self._append(logits_BV)
 

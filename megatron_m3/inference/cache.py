@@ -15,6 +15,8 @@ from torch import Tensor
 
 from megatron_m3.inference.reading import ChunkMemories
 from megatron_m3.model.rope import Rope
+from megatron_m3.ops.cached_attention import triton_backend
+from megatron_m3.ops.choice import takes_triton
 from megatron_m3.ops.rope import rotate
 
 
@@ -45,8 +47,10 @@ class CachePlan:
     """Keys and values of a batch of sequences, and the attention of the one token that each adds in a step."""
 
     def __init__(self, shape: CacheShape, rope: Rope, backend: str = "torch") -> None:
-        """``backend`` rotates queries and keys."""
+        """``backend`` is that of the model's attention."""
         self.shape, self.rope, self.backend = shape, rope, backend
+        self.is_fixed = takes_triton(backend, shape.head_size)
+        """Whether a step is the same launches each time, whatever the sequences' lengths."""
         self.keys, self.values = [], []
         for layer in range(shape.num_layers):
             columns = self._first_context(layer) + shape.max_context
@@ -98,6 +102,8 @@ class CachePlan:
         self._look_at_slots()
 
     def _look_at_slots(self) -> None:
+        if self.is_fixed:  # the kernel looks for itself, and nobody waits for the device
+            return
         first = self.shape.prefix_length
         self.all_slots_valid = not bool(torch.isinf(self.mask_BT[:, first : first + self.shape.num_slots]).any())
 
@@ -132,14 +138,23 @@ class CachePlan:
 
     def step(self) -> None:
         """Make room for one more token of every sequence; call it before each forward pass of one token."""
+        self.count_step()
+        self.step_on_device()
+        if not self.is_fixed:
+            self.memory_mask, self.plain_mask = self._masks()
+            self.masks_ABG1T = self._masks_by_heads() if self.choices else ()
+
+    def count_step(self) -> None:
+        """The part of :meth:`step` that the host does."""
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def step_on_device(self) -> None:
+        """The part that the device does: with fixed steps the same operations on the same tensors."""
         self.new_B = self.lengths_B.clone()
         self.lengths_B += 1
-        self.lengths = [length + 1 for length in self.lengths]
         self.table = self.rope.table((self.new_B + self.shape.context_start)[None], self.shape.dtype)
         first = self.shape.prefix_length + self.shape.num_slots
-        self.mask_BT[self.rows_B, first + self.new_B] = 0
-        self.memory_mask, self.plain_mask = self._masks()
-        self.masks_ABG1T = self._masks_by_heads() if self.choices else ()
+        self.mask_BT.scatter_(1, (first + self.new_B)[:, None], 0)
 
     @property
     def _same_length(self) -> bool:
@@ -178,6 +193,8 @@ class CachePlan:
 
     def attend(self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
         """Store the new token of every sequence and attend from it to all that is cached, [1, B, H, D]; S is 1."""
+        if self.is_fixed:
+            return self._attend_at_once(layer, query_SBHD[0], key_SBGD[0], value_SBGD[0])[None]
         query_BHD = rotate(query_SBHD, self.table, self.backend)[0]
         columns = self._first_context(layer) + max(self.lengths)
         self._add(self.keys[layer], layer, rotate(key_SBGD, self.table, self.backend)[0])
@@ -189,6 +206,16 @@ class CachePlan:
             attn_mask=self._mask(layer),
         )
         return out_BGQD.flatten(1, 2)[None]
+
+    def _attend_at_once(self, layer: int, query_BHD: Tensor, key_BGD: Tensor, value_BGD: Tensor) -> Tensor:
+        prefix, mask_BM, hidden_G = self.shape.prefix_length, None, None
+        if layer in self.shape.memory_layers:
+            mask_BM = self.mask_BT[:, prefix : prefix + self.shape.num_slots]
+            hidden_G = self.hidden_AG[self.choices[layer]] if layer in self.choices else None
+        table = self.table[0][0], self.table[1][0]
+        return triton_backend.cached_attention(
+            query_BHD, key_BGD, value_BGD, self.keys[layer], self.values[layer], table, self.new_B,
+            prefix_length=prefix, mask_BM=mask_BM, hidden_G=hidden_G)
 
 
 def _stacked(first: Tensor, second: Tensor, dim: int, size: int, fill: float) -> Tensor:

@@ -15,6 +15,7 @@ from megatron_m3.inference.generation import Continuation, Generation, Statistic
 from megatron_m3.inference.reading import PrefixKeyValues, read_prefix
 from megatron_m3.inference.recall import Recall
 from megatron_m3.inference.sampling import Draw, Sampling, draws
+from megatron_m3.inference.steps import check_graphs
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.rope import Rope
 from megatron_m3.ops.choice import choose_backend
@@ -29,7 +30,7 @@ class Engine:
 
     def __init__(
         self, loaded: LoadedModel, retriever: "Retriever | None" = None, source: "MemorySource | None" = None, *,
-        max_overlap: float | None = None, prefetch_tokens: int = 0,
+        max_overlap: float | None = None, prefetch_tokens: int = 0, cuda_graphs: bool = False,
     ) -> None:
         """Without ``retriever`` and ``source`` there is no prefix either, and positions count from 0.
 
@@ -38,6 +39,7 @@ class Engine:
         ``max_overlap`` drops references that overlap more than this with the prompt (eq. 6; 2/3 in evaluations).
         ``prefetch_tokens`` before a generated chunk ends, its text begins to bring what it may read; 0 waits for the
         end. What is generated does not depend on it.
+        ``cuda_graphs`` repeats steps as CUDA graphs, which :func:`check_graphs` may refuse.
         """
         assert (retriever is None) == (source is None), "memory needs a retriever and a source"
         self.loaded, self.config = loaded, loaded.config
@@ -47,7 +49,9 @@ class Engine:
         if not 0 <= prefetch_tokens < self.config.memory.chunk_length:
             raise ConfigError(f"prefetch_tokens={prefetch_tokens}: must be 0 (none) or less than the "
                               f"{self.config.memory.chunk_length} tokens of a chunk")
-        self.prefetch_tokens = prefetch_tokens
+        self.prefetch_tokens, self.cuda_graphs = prefetch_tokens, cuda_graphs
+        if cuda_graphs:
+            check_graphs(self.config, loaded.device)
         if retriever is not None and source is not None:
             self.recall = Recall(
                 retriever,
@@ -122,7 +126,7 @@ class Engine:
     def batch(self, continuations: Sequence[Continuation], *, stop_at_eos: bool = True) -> Batch:
         """Continuations that begin together; it is filled and stepped in :class:`torch.inference_mode`."""
         return Batch(self.loaded, self.decoder, self.recall, continuations, prefix=self.prefix,
-                     stop_at_eos=stop_at_eos, prefetch_tokens=self.prefetch_tokens)
+                     stop_at_eos=stop_at_eos, prefetch_tokens=self.prefetch_tokens, cuda_graphs=self.cuda_graphs)
 
     def generation(self, continuation: Continuation) -> Generation:
         """What a continuation generated so far, as text."""

@@ -50,7 +50,7 @@ def make_artifacts(folder: Path, shape: Mapping[str, str] = SHAPE, num_reference
     build_bank.main(["--checkpoint", at("run"), "--references", at("references"), "--output", at("bank")])
 
 
-def open_engines(folder: Path) -> tuple["Engine", "Engine", "Engine"]:
+def open_engines(folder: Path, *, cuda_graphs: bool = False) -> tuple["Engine", "Engine", "Engine"]:
     """The floor, and engines that read memories from the bank: when a chunk ends, and reading ahead."""
     from megatron_m3.inference.engine import Engine
     from megatron_m3.memory import MemoryBank, WarmSource
@@ -66,9 +66,9 @@ def open_engines(folder: Path) -> tuple["Engine", "Engine", "Engine"]:
     print(f"bank: {len(bank):,} memories of {bank.record_bytes:,} bytes, codec {bank.codec_name}; "
           f"cache of {CACHED_MEMORIES} memories")
     with_memory = replace(loaded, config=bank.configure(loaded.config))
-    engines = (Engine(with_memory, retriever, WarmSource(bank, **budgets), prefetch_tokens=tokens)
-               for tokens in (0, PREFETCH_TOKENS))
-    return Engine(loaded), *engines
+    engines = (Engine(with_memory, retriever, WarmSource(bank, **budgets), prefetch_tokens=tokens,
+                      cuda_graphs=cuda_graphs) for tokens in (0, PREFETCH_TOKENS))
+    return Engine(loaded, cuda_graphs=cuda_graphs), *engines
 
 
 def prompts_of(folder: Path, engine: "Engine", length: int, first: int, count: int = BATCH) -> list[list[int]]:

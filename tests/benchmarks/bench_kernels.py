@@ -4,8 +4,9 @@
 
 At m3-2b's shape: selection of a layer's tokens beside that layer's attention in the references, forward and backward;
 decoding of KLT28 into the slots of a cache beside a copy of the same bytes; the search of KLT28's encoder, one head's
-codes, beside the same search by torch operations; and RoPE of a joint sequence's queries, forward and backward, by each
-backend beside two copies. ``--record`` adds the rows to ``results.csv``.
+codes, beside the same search by torch operations; RoPE of a joint sequence's queries, forward and backward, by each
+backend beside two copies; and a new token's attention to the caches of 32 sequences, its rotation and writes included,
+by each backend beside a copy of half of the cache. ``--record`` adds the rows to ``results.csv``.
 """
 
 import sys
@@ -114,10 +115,31 @@ def rope_works(shape: Shape, device: str) -> tuple[str, dict[str, Callable[[], o
     return "rope", {"floor": copy, "torch": work("torch"), "triton": work("triton")}
 
 
+def cache_works(shape: Shape, device: str) -> tuple[str, dict[str, Callable[[], object]]]:
+    """As many bytes read and written as the attention reads, and the attention of a memory layer by each backend."""
+    from megatron_m3.inference.cache import CachePlan, CacheShape
+    from megatron_m3.model.rope import Rope
+
+    batch, slots, context, works = 32, 5 * shape.kept, 512, {}
+    given = [torch.randn(1, batch, heads, shape.head_size, device=device, dtype=torch.bfloat16)
+             for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
+    for backend in ("torch", "triton"):
+        cache = CachePlan(CacheShape(
+            batch=batch, num_layers=1, num_kv_heads=shape.kv_heads, head_size=shape.head_size, prefix_length=4,
+            context_start=4 + shape.tokens, max_context=context, memory_layers=[0], num_slots=slots,
+            dtype=torch.bfloat16, device=torch.device(device)), Rope(shape.head_size, 1e4), backend)
+        cache.mask_BT[:, 4 : 4 + slots] = 0
+        cache.begin([context - 1 - row % 8 for row in range(batch)])
+        cache.step()
+        works[backend] = lambda cache=cache: cache.attend(0, *given)
+    half, other = cache.keys[0], torch.empty_like(cache.keys[0])
+    return "cache", {"floor": lambda: other.copy_(half), **works}
+
+
 def rows(shape: Shape, device: str) -> Iterator[dict[str, object]]:
     """A row for each work."""
     torch.manual_seed(0)
-    for make in (select_works, decode_works, search_works, rope_works):
+    for make in (select_works, decode_works, search_works, rope_works, cache_works):
         name, works = make(shape, device)
         times = {what: milliseconds(work, 5 if name == "search" else 50) for what, work in works.items()}
         for what, (low, middle, high) in times.items():

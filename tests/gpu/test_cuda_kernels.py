@@ -69,6 +69,17 @@ def test_rope_has_the_bits_of_plain_torch(size, dtype):
     triton_checks.check_rope(size, dtype, "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [
+    # lengths, prefix, slots, heads, kv heads, head size, kv heads that read no memory
+    ([70, 0, 63, 500], 4, 40, 40, 8, 80, [False, True] * 4), ([128] * 32, 4, 40, 32, 8, 64, []),
+    ([5, 4000], 0, 0, 3, 3, 24, []), ([900], 3, 640, 20, 1, 32, [True]), ([450], 6, 80, 2, 1, 256, []),
+    ([600, 1], 0, 0, 4, 2, 192, []), ([0], 0, 8, 4, 1, 128, []),
+])
+def test_attention_to_a_cache_is_that_of_the_plain_version(size, dtype):
+    triton_checks.check_cached_attention(size, dtype, "cuda")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_equal_tokens_are_taken_by_position(dtype):
     triton_checks.check_equal_tokens(dtype, "cuda")

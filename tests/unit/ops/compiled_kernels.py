@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_m3.ops.cached_attention import triton_backend as triton_cached
 from megatron_m3.ops.codec import triton_decode, triton_trellis
 from megatron_m3.ops.memory_attention import triton_backend, triton_tiles
 from megatron_m3.ops.rope import triton_backend as triton_rope
@@ -28,15 +29,15 @@ SHAPES = [*itertools.product(KERNELS, [64, 80], [torch.bfloat16], SHARED_MEMORY)
 """What the tests compile: the shapes of m3-0.9b, SmolLM2 and m3-2b, and the usual one."""
 OTHER_SHAPES = [
     *itertools.product(["search"], [0], [torch.float32], [90, 100]),
-    *itertools.product(["decode", "weights", "rotate"], [80], [torch.bfloat16], SHARED_MEMORY),
+    *itertools.product(["decode", "weights", "rotate", "attend"], [80], [torch.bfloat16], SHARED_MEMORY),
     *[("long weights", 80, torch.bfloat16, 90), ("statistics", 80, torch.bfloat16, 90)],
-    ("exp weights", 80, torch.bfloat16, 100)]
+    ("exp weights", 80, torch.bfloat16, 100), ("join", 80, torch.bfloat16, 90)]
 ALL_OTHER_SHAPES = [
     *itertools.product(["search"], [0], [torch.float32], SHARED_MEMORY),
     *itertools.product(["decode", "rotate"], [32, 64, 80, 128, 256], [torch.bfloat16], SHARED_MEMORY),
-    *itertools.product(["weights", "long weights", "exp weights", "statistics"], [32, 64, 80, 96, 128, 192, 256],
-                       [torch.bfloat16, torch.float32], SHARED_MEMORY)]
-"""Kernels of the codec, of selection and of RoPE; the first are what the tests compile."""
+    *itertools.product(["weights", "long weights", "exp weights", "statistics", "attend", "join"],
+                       [32, 64, 80, 96, 128, 192, 256], [torch.bfloat16, torch.float32], SHARED_MEMORY)]
+"""Kernels of the codec, of selection, of RoPE and of attention to a cache; the first are what the tests compile."""
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -69,7 +70,7 @@ def compile_kernel(kernel: str, head_size: int, dtype: torch.dtype, architecture
 
 
 def compile_other(kernel: str, head_size: int, dtype: torch.dtype, architecture: int) -> Use:
-    """Compile a kernel of the codec, of selection or of RoPE, for heads like m3-2b's."""
+    """Compile a kernel that is not of attention with memory, for heads like m3-2b's."""
     if kernel == "search":
         types = {"states": "*i16", **dict.fromkeys(["runs", "bits", "choices"], "*i32"), "length": "i32",
                  "num_runs": "i32"}
@@ -86,6 +87,17 @@ def compile_other(kernel: str, head_size: int, dtype: torch.dtype, architecture:
         types = {"cosine": "*fp32", "sine": "*fp32", "table_strides": ("i32",) * 2, "batch": "i32", "heads": "i32"}
         function, constants = triton_rope.kernels().rotate_kernel, triton_rope.launch_options(40, head_size)
         return compile_function(function, constants | {"BACKWARD": True}, types, f"*{NAMES[dtype]}", architecture)
+    if kernel == "join":
+        function, constants = triton_cached.kernels().join_kernel, triton_cached.join_options(head_size, 5, 16)
+        return compile_function(function, constants, {"out": f"*{NAMES[dtype]}"}, "*fp32", architecture)
+    if kernel == "attend":
+        types = dict.fromkeys(["table_stride", "mask_stride", "groups", "prefix", "slots"], "i32")
+        types |= {f"{name}_strides": ("i32",) * 2 for name in ("query", "key", "value")}
+        types |= dict.fromkeys(["cosine", "sine", "out", "most_of", "total_of"], "*fp32")
+        types |= {"lengths": "*i64", "hidden": "*u8", "scale2": "fp32"}
+        function = triton_cached.kernels().attend_kernel
+        constants = triton_cached.launch_options(dtype, head_size, 5, 16, heads=True)
+        return compile_function(function, constants, types, f"*{NAMES[dtype]}", architecture)
     tile = triton_select.tile_for(dtype, "exp" if kernel == "exp weights" else "softmax")
     constants = triton_select.constants(tile, head_size, repeat=5)
     if kernel != "statistics":

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from megatron_m3.ops import cached_attention
 from megatron_m3.ops.codec import trellis, triton_trellis
 from megatron_m3.ops.select_tokens import reference, select_tokens
 from megatron_m3.ops.select_tokens.triton_backend import token_weights
@@ -159,6 +160,46 @@ def check_rope(size, dtype, device):
         error = 2**-7 if (dtype, device) == (torch.bfloat16, "cpu") else 0.0
         for plain, found in zip(*results, strict=True):
             torch.testing.assert_close(found, plain, rtol=error, atol=0.0)
+
+
+def check_cached_attention(size, dtype, device):
+    """Outputs, and what the cache holds afterwards, are as near to the truth as those of the plain version.
+
+    What no token may read holds NaN; every run gives the same bits.
+    """
+    from megatron_m3.model.rope import Rope
+
+    lengths, prefix, slots, heads, groups, D, hidden = size
+    generator, B = torch.Generator().manual_seed(0), len(lengths)
+    first, columns = prefix + slots, prefix + slots + max(lengths) + 3
+    fused = torch.randn(B, heads + 2 * groups, D, generator=generator).to(device, dtype)
+    query, key, value = fused.split([heads, groups, groups], 1)
+    cache = torch.randn(2, B, groups, columns, D, generator=generator)
+    mask = torch.zeros(B, slots).masked_fill_(torch.rand(B, slots, generator=generator) < 0.3, -torch.inf)
+    for row, length in enumerate(lengths):
+        cache[:, row, :, first + length :] = torch.nan
+        cache[:, row, :, prefix:first][:, :, mask[row] != 0] = torch.nan
+    reads = torch.tensor(hidden, dtype=torch.bool, device=device) if hidden else None
+    lengths_B = torch.tensor(lengths, device=device)
+    table = Rope(D, 1e4).table(lengths_B + 70, dtype)
+
+    def run(function, kind):
+        keys, values = cache.to(device, dtype).to(kind)
+        given = (part.to(kind) for part in (query, key, value))
+        out = function(*given, keys, values, table, lengths_B, prefix_length=prefix,
+                       mask_BM=mask.to(device, kind) if slots else None, hidden_G=reads)
+        assert out.dtype == kind
+        return out, keys.nan_to_num(), values.nan_to_num()
+
+    truth = run(cached_attention.reference.cached_attention, torch.float64)
+    plain = run(cached_attention.reference.cached_attention, dtype)
+    found, again = (run(cached_attention.triton_backend.cached_attention, dtype) for _ in range(2))
+    # the interpreter cuts off what bf16 cannot hold
+    slack = 2**-7 if (dtype, device) == (torch.bfloat16, "cpu") else 1e-6
+    for one, other, exact, same in zip(found, plain, truth, again, strict=True):
+        assert one.isfinite().all()
+        assert (one - exact).abs().max() <= 2 * (other - exact).abs().max() + slack * exact.abs().max()
+        assert torch.equal(one, same)
 
 
 def check_equal_tokens(dtype, device):

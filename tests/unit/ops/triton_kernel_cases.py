@@ -76,6 +76,21 @@ def test_rope_has_the_bits_of_plain_torch(size, dtype):
     triton_checks.check_rope(size, dtype, "cpu")
 
 
+@pytest.mark.parametrize(("programs", "size", "dtype"), [
+    # lengths, prefix, slots, heads, kv heads, head size, kv heads that read no memory
+    (1, ([70, 0, 63], 4, 40, 10, 2, 80, [False, True]), torch.bfloat16),
+    (1, ([5, 130], 0, 0, 3, 3, 24, []), torch.float32),
+    (1, ([0], 0, 8, 4, 1, 16, []), torch.float16),
+    (1, ([1, 64, 65], 3, 61, 20, 1, 32, [True]), torch.float32),
+    (64, ([700, 0, 333], 3, 40, 10, 2, 80, [False, True]), torch.bfloat16),
+    (64, ([600], 0, 0, 2, 2, 192, []), torch.float32),
+    (64, ([450], 6, 80, 2, 1, 256, []), torch.float16),
+])
+def test_attention_to_a_cache_is_that_of_the_plain_version(programs, size, dtype, monkeypatch):
+    monkeypatch.setattr("megatron_m3.ops.cached_attention.triton_backend.PROGRAMS", programs)
+    triton_checks.check_cached_attention(size, dtype, "cpu")
+
+
 @pytest.mark.parametrize(("shape", "dtype", "message"), [
     ((1, 4, 2, 16), torch.float64, "float64"), ((1, 4, 2, 264), torch.float32, r"model\.head_size=264"),
     ((1, 4, 3, 16), torch.float32, r"model\.num_kv_heads=2"),
