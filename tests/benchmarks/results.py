@@ -80,7 +80,7 @@ def report(benchmark: str, rows: Sequence[Mapping[str, object]], limits: Mapping
         print(f"{what} {direction}: not measured   MISSED")
     met = not missing
     for row in rows:
-        text = (f"{row['shape']} x {row['batch']:<3} {row['what']:<18} {row['pass']:<17} p20 {row['p20_ms']:10.4f}  "
+        text = (f"{row['shape']} x {row['batch']:<3} {row['what']:<18} {row['pass']:<20} p20 {row['p20_ms']:10.4f}  "
                 f"p50 {row['p50_ms']:10.4f}  p80 {row['p80_ms']:10.4f} ms   ratio {row['ratio']:7.3f}")
         limit = limits.get((row["pass"], row["what"]))
         if limit is not None:

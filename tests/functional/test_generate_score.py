@@ -131,6 +131,7 @@ def test_equal_prompts_have_their_own_samples_whatever_their_batch(paths, run, t
         (["--prompt", "a", "--references", "b", "--index", "c", "--cache-bytes", "-5"], "cache_bytes=-5"),
         (["--prompt", "a", "--references", "b", "--index", "c", "--bank", "d", "--codec", "e"], "codec: the bank has"),
         (["--prompt", "a", "--no-memory", "--prefetch-tokens", "3"], "prefetch_tokens: not read with --no-memory"),
+        (["--prompt", "a", "--no-memory", "--cuda-graphs", "true"], "cuda_graphs: the model is on cpu"),
         (["--prompt", "a", "--no-memory", "--max-new-tokens", "0"], "max_new_tokens"),
         (["--prompt", "a", "--no-memory", "--max-new-tokens", "1000000000000"], "max_new_tokens=1000000000000"),
         (["--prompt", "a\udcff", "--no-memory"], r"prompt='a\\udcff': not UTF-8"),
