@@ -33,10 +33,10 @@ def kernels() -> ModuleType:
 def launch_options(dtype: torch.dtype, head_size: int, repeat: int, parts: int, *, heads: bool) -> dict[str, Any]:
     """Arguments that are compiled into the first kernel, and how it is launched."""
     main, tail = split_head(head_size)
-    keys = 64 if head_size <= 128 and dtype != torch.float32 else 32
+    keys = 16 if dtype == torch.float32 else 64 if head_size <= 128 else 32
     return {"REPEAT": repeat, "D": head_size, "MAIN": main, "TAIL": tail, "HEADS": heads,
             "ROWS": max(16, 1 << (repeat - 1).bit_length()), "KEYS": keys, "PARTS": parts,
-            "num_warps": 8 if dtype == torch.float32 and 0 < tail < main else 4, "num_stages": 2}
+            "num_warps": 4, "num_stages": 2}
 
 
 def join_options(head_size: int, repeat: int, parts: int) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def attend_kernel(
 
     Strides are of sequence and head, in the cache also of column. ``HEADS`` says whether ``hidden`` is read.
     """
-    sequence, group, part = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups, tl.program_id(1)
+    pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    sequence, group = pair // groups, pair % groups
     length = tl.load(lengths + sequence).to(tl.int32)
     rows = tl.arange(0, ROWS)
     cosine += sequence * table_stride
@@ -112,7 +113,7 @@ def attend_kernel(
         v_main, v_tail = load_rows(values, values_strides[2], columns, shown, D, MAIN, TAIL)
         out_main, out_tail, most, total = softmax_step(
             score, scale2, v_main, v_tail, out_main, out_tail, most, total, TAIL)
-    place = (sequence * groups + group) * PARTS + part
+    place = pair * PARTS + part
     if PARTS == 1:
         out_main = out_main / total[:, None]
         out_tail = out_tail / total[:, None]
