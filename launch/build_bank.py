@@ -135,7 +135,7 @@ def _join_group(comm: Any, size: int, *, is_one_machine: bool) -> None:
 def _plan(options: BankConfig, comm: Any) -> str | None:
     """The plan as text or JSON on rank 0."""
     from megatron_m3.evaluation.bank_plan import plan_build, plan_table
-    from megatron_m3.memory.build import BankOrder
+    from megatron_m3.memory.bank_order import BankOrder
     from megatron_m3.memory.work import agree
     from megatron_m3.model.checkpoint import describe_model
     from megatron_m3.model.gpt import DTYPES

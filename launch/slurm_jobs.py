@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launch.slurm_chain import ROOT, Chain, Step
 from megatron_m3.errors import ArtifactError, M3Error, UnsupportedError
@@ -41,15 +41,18 @@ class Job:
 def run_slurm(*command: str) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands from the repository's root.
 
-    An array's variables are kept from it: sbatch would hand them on to jobs that are no elements of it.
+    An array's variables are kept from it: sbatch would hand them on to jobs that are no elements of it. So are those
+    that choose what squeue shows. It inherits the lock of :func:`alone`.
 
     Raises:
         UnsupportedError: there is no such command here.
     """
     if shutil.which(command[0]) is None:
         raise UnsupportedError(f"{command[0]}: not found; run this on a machine from which Slurm jobs are submitted")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_ARRAY_")}
-    return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
+    hidden = ("SLURM_ARRAY_", "SQUEUE_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False,
+                          close_fds=False)
 
 
 def complaint(done: subprocess.CompletedProcess[str]) -> str:
@@ -94,6 +97,18 @@ def ask_slurm(job_id: str) -> list[Job]:
             for name, state, nodes, elapsed, exit_code in rows]
 
 
+def find_job(mark: str) -> str:
+    """Number of the job whose command ends with ``mark``; nothing where Slurm knows of none.
+
+    Raises:
+        M3Error: the controller does not answer.
+    """
+    done = run_slurm("squeue", "--all", "--noheader", "--states=all", "--format=%F %o")
+    if done.returncode:
+        raise M3Error(f"squeue: {complaint(done)}; see whether the controller is up (scontrol ping), and try again")
+    return next((line.split()[0] for line in done.stdout.splitlines() if line.endswith(f" {mark}")), "")
+
+
 def _read_job(line: str) -> Job:
     fields = dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", line))
     nodes = fields.get("NodeList", "").replace("(null)", "")
@@ -107,24 +122,29 @@ class Submitted:
     """A step that was given to Slurm."""
 
     job: str
-    """Its job's number."""
+    """Its job's number; nothing as long as sbatch has not told it."""
     hash: str
     """The step's hash then."""
+    mark: str = ""
+    """Until then the last word of the job's command, by which Slurm finds it."""
 
 
 def read_state(chain: Chain) -> dict[str, Submitted]:
-    """What was submitted of a chain, by step.
+    """What was submitted of a chain, by step, also where the command ended before it had learnt the job's number.
 
     Raises:
         ArtifactError: the file is damaged.
+        M3Error: the controller does not answer.
     """
     path = chain.folder / STATE
     try:
-        return {name: Submitted(**values) for name, values in json.loads(path.read_text()).items()}
+        state = {name: Submitted(**values) for name, values in json.loads(path.read_text()).items()}
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, AttributeError):
         raise ArtifactError(f"{path}: damaged; see which jobs of the chain run (squeue), and remove it") from None
+    state |= {name: replace(one, job=find_job(one.mark), mark="") for name, one in state.items() if not one.job}
+    return {name: one for name, one in state.items() if one.job}
 
 
 def write_state(chain: Chain, state: dict[str, Submitted]) -> None:
@@ -135,13 +155,14 @@ def write_state(chain: Chain, state: dict[str, Submitted]) -> None:
 
 @contextlib.contextmanager
 def alone(chain: Chain) -> Iterator[None]:
-    """Keep others from submitting the same chain during the block."""
+    """Keep others from submitting the same chain during the block, and as long as an sbatch outlives this process."""
     chain.folder.mkdir(parents=True, exist_ok=True)
     with (chain.folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise M3Error(f"{chain.folder}: another `m3 slurm submit` of this chain is at work; wait for it") from None
+        os.set_inheritable(lock.fileno(), True)
         yield
 
 

@@ -8,6 +8,7 @@ stopped. The scripts, logs and numbers of the jobs lie in the folder slurm of th
 """
 
 import json
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def submit(chain: Chain) -> list[Outcome]:
         M3Error: sbatch refuses a job, or a job of a step runs that was submitted with other settings.
     """
     state, outcomes, numbers = read_state(chain), [], dict[str, str]()
+    write_state(chain, state)
     for step in chain.steps:
         before, jobs = state.get(step.name), jobs_of(chain, step, state.get(step.name))
         same = before is not None and before.hash == step.hash
@@ -89,23 +91,26 @@ def submit(chain: Chain) -> list[Outcome]:
         elif same and step.is_made:
             outcomes.append(Outcome(step, "finished", ""))
         else:
-            numbers[step.name] = _submit_step(chain, step, [numbers[name] for name in step.after if name in numbers])
-            state[step.name] = Submitted(job=numbers[step.name], hash=step.hash)
-            write_state(chain, state)
+            _submit_step(chain, step, state, [numbers[name] for name in step.after if name in numbers])
+            numbers[step.name] = state[step.name].job
             outcomes.append(Outcome(step, "submitted", numbers[step.name]))
     return outcomes
 
 
-def _submit_step(chain: Chain, step: Step, after: Sequence[str]) -> str:
+def _submit_step(chain: Chain, step: Step, state: dict[str, Submitted], after: Sequence[str]) -> None:
+    """Submit a step; its mark is written before, so that the job is found again whatever ends this command."""
     path = chain.folder / f"{step.name}.sbatch"
     with atomic_path(path) as temporary:
         temporary.write_text(step.script)
     waits = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-    done = run_slurm("sbatch", "--parsable", f"--chdir={ROOT}", *waits, str(path))
+    state[step.name] = Submitted(job="", hash=step.hash, mark=secrets.token_hex(8))
+    write_state(chain, state)
+    done = run_slurm("sbatch", "--parsable", f"--chdir={ROOT}", *waits, str(path), state[step.name].mark)
     if done.returncode:
         raise M3Error(f"{step.name}: sbatch refuses it ({complaint(done)}); mend the step's slurm options, or SBATCH_ "
                       f"variables; the script is {path}")
-    return done.stdout.strip().split(";")[0]
+    state[step.name] = Submitted(job=done.stdout.strip().split(";")[0], hash=step.hash)
+    write_state(chain, state)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import torch
 from megatron_m3.config import Config
 from megatron_m3.evaluation.codec_time import measure_codec
 from megatron_m3.evaluation.cost import TFLOP, format_bytes, write_memory_flops
-from megatron_m3.memory.build import GROUP, BankOrder
+from megatron_m3.memory.bank_order import BankOrder
 from megatron_m3.memory.codec import CPU
 from megatron_m3.memory.space import measure_space
-from megatron_m3.memory.write import GROUPS_IN_RAM
+from megatron_m3.memory.write import GROUP, GROUPS_IN_RAM
 from megatron_m3.platform.progress import format_seconds
 
 CODING_GROUPS = 3

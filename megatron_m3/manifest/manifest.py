@@ -103,8 +103,9 @@ def clear_half_written(folder: Path, names: Container[str]) -> None:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that becomes it when the block ends well, and vanishes otherwise.
 
-    Every process has a temporary folder of its own; what dead ones of this machine left is removed. Of processes that
-    write the same artifact the first to end gives the folder; that is no error for the others.
+    Every process has a temporary folder of its own; what dead ones of this machine left since it started is removed.
+    Older ones stay: on a shared disk they may be of a living machine of the same name. Of processes that write the same
+    artifact the first to end gives the folder; that is no error for the others.
 
     Raises:
         ArtifactError: ``folder`` exists and is not an empty folder, or cannot be replaced since it is a mount point, or

@@ -4,7 +4,6 @@ import contextlib
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ import torch
 from megatron_m3.errors import ArtifactError, M3Error
 from megatron_m3.manifest import atomic_folder
 from megatron_m3.manifest.claims import CLAIMS, Claims
+from megatron_m3.memory.bank_order import BankJob
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.codecs import load_codec, train_codec
 from megatron_m3.memory.sensitivity import Sensitivity
@@ -20,14 +20,11 @@ from megatron_m3.memory.work import POLL_SECONDS, Crew, agree
 from megatron_m3.memory.write import GROUP
 from megatron_m3.platform.progress import Progress
 
-if TYPE_CHECKING:
-    from megatron_m3.memory.build import BankJob
-
 MEASURED = 256
 """References of the sample on which the codec's error is measured."""
 
 
-def prepare_codec(job: "BankJob", crew: Crew, place: Path) -> Codec:
+def prepare_codec(job: BankJob, crew: Crew, place: Path) -> Codec:
     """The codec in ``place``; trained by rank 0 if no job has done so, or is doing so. Every rank calls this.
 
     Raises:
@@ -54,7 +51,7 @@ def prepare_codec(job: "BankJob", crew: Crew, place: Path) -> Codec:
     raise AssertionError("agree raises what the block did")
 
 
-def _must_train(job: "BankJob", place: Path, claims: Claims) -> bool:
+def _must_train(job: BankJob, place: Path, claims: Claims) -> bool:
     """Whether the codec is this job's to train; waits for another job that trains it.
 
     Raises:
@@ -73,7 +70,7 @@ def _must_train(job: "BankJob", place: Path, claims: Claims) -> bool:
     return False
 
 
-def _train(job: "BankJob", crew: Crew, sample: ExplicitMemories, place: Path) -> None:
+def _train(job: BankJob, crew: Crew, sample: ExplicitMemories, place: Path) -> None:
     def sensitivity() -> Sensitivity:
         crew.tell("sensitivity")
         return job.sensitivity()
@@ -95,7 +92,7 @@ def _train(job: "BankJob", crew: Crew, sample: ExplicitMemories, place: Path) ->
         codec.save(folder, {name: job.inputs[name] for name in ("checkpoint", "references")})
 
 
-def _encode_sample(job: "BankJob", crew: Crew) -> ExplicitMemories:
+def _encode_sample(job: BankJob, crew: Crew) -> ExplicitMemories:
     """Memories of the codec's sample, on rank 0; other ranks, and the codec none, get no memories.
 
     The groups of ranks encode one group of references each at a time, and rank 0 puts them in their places: beside the
@@ -123,7 +120,7 @@ def _encode_sample(job: "BankJob", crew: Crew) -> ExplicitMemories:
     return sample
 
 
-def _encode_part(job: "BankJob", crew: Crew, ids: np.ndarray) -> ExplicitMemories | M3Error:
+def _encode_part(job: BankJob, crew: Crew, ids: np.ndarray) -> ExplicitMemories | M3Error:
     """Memories, encoded by the ranks of a group together, or why there are none."""
     try:
         read: tuple[np.ndarray, np.ndarray] | M3Error = job.references.tokens(ids if crew.leads else ids[:0])
@@ -133,7 +130,7 @@ def _encode_part(job: "BankJob", crew: Crew, ids: np.ndarray) -> ExplicitMemorie
     return read if isinstance(read, M3Error) else job.start(*read).collect()
 
 
-def _room(job: "BankJob", count: int) -> ExplicitMemories:
+def _room(job: BankJob, count: int) -> ExplicitMemories:
     """Room for the memories of ``count`` references."""
     model, layers = job.loaded.config.model, len(job.loaded.config.memory_layers)
     heads, kept = model.num_kv_heads, job.loaded.config.memory.num_kept_tokens

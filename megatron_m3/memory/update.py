@@ -13,7 +13,8 @@ from megatron_m3.config.bank import BankConfig
 from megatron_m3.errors import ArtifactError, ConfigError
 from megatron_m3.manifest import atomic_path, check_input, hash_json, link_or_copy
 from megatron_m3.memory.bank import MemoryBank, ShardFolder
-from megatron_m3.memory.build import BankJob, write_missing
+from megatron_m3.memory.bank_order import BankJob
+from megatron_m3.memory.build import write_missing
 from megatron_m3.memory.editing import BankWriter, Files, check_room, records_of, touched_shards
 from megatron_m3.memory.edits import EDIT, EditFolder, shard_name
 from megatron_m3.memory.verify import built_batch_tokens

@@ -17,9 +17,9 @@ from torch import Tensor
 from megatron_m3.manifest import check_input
 from megatron_m3.manifest.blocks import JOB
 from megatron_m3.memory.bank import MemoryBank
-from megatron_m3.memory.build import GROUP
 from megatron_m3.memory.editing import empty_record
 from megatron_m3.memory.encode import BATCH_TOKENS, start_encoding
+from megatron_m3.memory.write import GROUP
 from megatron_m3.model.checkpoint import LoadedModel, ModelDescription
 from megatron_m3.platform.progress import Progress
 from megatron_m3.references import ReferenceStore

@@ -9,21 +9,18 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_m3.errors import ToldError
 from megatron_m3.memory.bank import BankSettings
+from megatron_m3.memory.bank_order import BankJob
 from megatron_m3.memory.codec import Codec
 from megatron_m3.memory.encode import LateMemories
 from megatron_m3.memory.work import Crew, OpenBlocks
 from megatron_m3.platform.pipeline import Behind, read_ahead
 from megatron_m3.platform.progress import Progress
 from megatron_m3.references import ReferenceStore
-
-if TYPE_CHECKING:
-    from megatron_m3.memory.build import BankJob
 
 GROUP = 128
 """References that are encoded together."""
@@ -52,7 +49,7 @@ class _Over:
     is_failed: bool
 
 
-def write_blocks(job: "BankJob", crew: Crew, blocks: OpenBlocks, codec: Codec, settings: BankSettings) -> None:
+def write_blocks(job: BankJob, crew: Crew, blocks: OpenBlocks, codec: Codec, settings: BankSettings) -> None:
     """Take missing blocks, with the other ranks of a group, until all are written; rank 0 shows the progress of all.
 
     Raises:
@@ -79,7 +76,7 @@ def write_blocks(job: "BankJob", crew: Crew, blocks: OpenBlocks, codec: Codec, s
         crew.tell(_Over(is_failed))
 
 
-def _follow(job: "BankJob", crew: Crew) -> None:
+def _follow(job: BankJob, crew: Crew) -> None:
     """Encode what the first rank of the group encodes."""
     while not isinstance(group := crew.tell(None), _Over):
         if group is not None:

@@ -13,19 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch.distributed as dist
+
 from megatron_m3.config import Config, ParallelConfig, from_dict, to_dict
 from megatron_m3.errors import ArtifactError, ConfigError, M3Error
 from megatron_m3.manifest import Manifest, check_files, read_manifest, tell_kept, write_manifest
-from megatron_m3.model.checkpoint_files import (
-    DiskError,
-    check_checksums,
-    global_bytes,
-    hash_files,
-    is_first,
-    on_first_process,
-    write_shards,
-)
+from megatron_m3.model.checkpoint_files import check_checksums, global_bytes, hash_files, write_shards
 from megatron_m3.model.weights_hash import sharded_state, weights_hash
+from megatron_m3.platform.distributed import initialize_parallel, on_first_process
 
 if TYPE_CHECKING:
     import torch
@@ -169,10 +164,11 @@ def save_checkpoint(output: Path, step: int, models: Sequence[Any], config: Conf
         write_shards(sharded, temporary)
         files = hash_files(temporary)
         on_first_process(finish)
-    except DiskError as error:
-        if is_first():
+    except OSError as error:
+        if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise M3Error(f"{folder}: cannot save: {error}; free space or choose another training.output") from None
+        reason = error.strerror or error
+        raise M3Error(f"{folder}: cannot save: {reason}; free space or choose another training.output") from None
     return folder
 
 
@@ -268,7 +264,6 @@ def load_model(folder: Path, *, tensor: int = 1, pipeline: int = 1,
     from megatron.core import parallel_state
 
     from megatron_m3.model.gpt import DTYPES, build_model
-    from megatron_m3.platform.distributed import initialize_parallel
     from megatron_m3.tokenizer import Tokenizer
 
     folder = newest_checkpoint(folder)

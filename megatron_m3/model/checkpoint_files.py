@@ -14,30 +14,8 @@ from megatron_m3.errors import ArtifactError
 from megatron_m3.manifest import Manifest, hash_file
 
 
-class DiskError(Exception):
-    """Writing failed on some process; raised on all."""
-
-
-def is_first() -> bool:
-    """Whether this process does what only one may do."""
-    return dist.get_rank() == 0
-
-
-def on_first_process(action: Callable[[], None]) -> None:
-    """Run ``action`` on the first process; if the disk refuses, all processes raise DiskError."""
-    failure: list[str | None] = [None]
-    if is_first():
-        try:
-            action()
-        except OSError as error:
-            failure = [error.strerror or str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise DiskError(failure[0])
-
-
 def write_shards(sharded: dict[str, Any], folder: Path) -> None:
-    """Write what ``sharded`` describes with dist_checkpointing; if a disk refuses, all processes raise DiskError."""
+    """Write what ``sharded`` describes with dist_checkpointing; if a disk refuses, all processes raise OSError."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.distributed.checkpoint.api import CheckpointException
@@ -50,7 +28,7 @@ def write_shards(sharded: dict[str, Any], folder: Path) -> None:
     try:
         dist_checkpointing.save(sharded, str(folder))
     except (CheckpointException, OSError) as error:
-        raise DiskError(_reason(error)) from error
+        raise OSError(_reason(error)) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from megatron_m3.model.held_memories import HeldMemories, MemoryTable
 from megatron_m3.model.layers import block_spec
 from megatron_m3.model.layout import JointLayout
 from megatron_m3.model.reference_pass import pass_references
+from megatron_m3.ops.triton_support import compiler_fault
 from megatron_m3.platform import select
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,8 +58,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True,
         perform_initialization=False,
-        # torch compiles it there, and keeps 3 widths of the MLP for the backward pass in place of 5
-        bias_activation_fusion=select().is_cuda,
+        # torch compiles it there, by Triton, and keeps 3 widths of the MLP for the backward pass in place of 5
+        bias_activation_fusion=select().is_cuda and not compiler_fault(),
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,

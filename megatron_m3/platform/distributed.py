@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_m3.errors import ConfigError
+from megatron_m3.errors import ConfigError, M3Error
 from megatron_m3.platform.platform import Platform, select
 
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -102,6 +102,23 @@ def shut_down() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def on_first_process(action: Callable[[], None]) -> None:
+    """Run ``action`` on the first process; a collective.
+
+    Raises:
+        M3Error, OSError: what stopped it, on all processes.
+    """
+    failure: list[M3Error | OSError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except (M3Error, OSError) as error:
+            failure = [error]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 @contextmanager

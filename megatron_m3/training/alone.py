@@ -6,11 +6,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
-from megatron_m3.errors import ArtifactError, M3Error, user_message
+from megatron_m3.errors import ArtifactError
 from megatron_m3.manifest.lock import NAME, FolderLock, read_owner
 from megatron_m3.model.checkpoint import list_checkpoints
+from megatron_m3.platform.distributed import on_first_process
 from megatron_m3.training.metrics import say
 
 CANNOT_LOCK = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)
@@ -27,17 +26,10 @@ def alone_in(output: Path, found: list[Path]) -> Iterator[None]:
 
     Raises:
         ArtifactError: another run has it, or had it since then; on all processes.
+        OSError: the disk refuses; on all processes.
     """
-    refusal: list[str | None] = [None]
     with contextlib.ExitStack() as held:
-        if dist.get_rank() == 0:
-            try:
-                _take(output, found, held)
-            except (M3Error, OSError) as error:
-                refusal = [user_message(error) or str(error)]
-        dist.broadcast_object_list(refusal, src=0)
-        if refusal[0] is not None:
-            raise ArtifactError(refusal[0])
+        on_first_process(lambda: _take(output, found, held))
         yield
 
 

@@ -29,7 +29,7 @@ from megatron_m3.platform import select
 from tests.launcher import ROOT
 
 if TYPE_CHECKING:
-    from megatron_m3.memory.build import BankJob
+    from megatron_m3.memory.bank_order import BankJob
     from megatron_m3.model.checkpoint import LoadedModel
 
 NUM_REFERENCES, ROUNDS, BLOCK = 1200, 2, 128
@@ -120,7 +120,8 @@ def bench_build(folder: Path, checkpoint: Path, references: Path, count: int, co
     from megatron_m3.config.bank import BankConfig
     from megatron_m3.memory.bank import ShardFolder
     from megatron_m3.memory.bank_codec import prepare_codec
-    from megatron_m3.memory.build import BankJob, write_missing
+    from megatron_m3.memory.bank_order import BankJob
+    from megatron_m3.memory.build import write_missing
     from megatron_m3.memory.work import Crew
     from megatron_m3.model.checkpoint import load_model
 

@@ -17,7 +17,7 @@ from launch.m3 import main
 from megatron_m3.manifest.claims import CLAIMS, Claims
 from megatron_m3.model.checkpoint import list_checkpoints
 from tests.launcher import ROOT
-from tests.slurm_cluster import own_cluster, slurm_cluster, wait_until, why_not
+from tests.slurm_cluster import PATH, own_cluster, slurm_cluster, wait_until, why_not
 
 pytestmark = [pytest.mark.alone, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
@@ -265,6 +265,43 @@ def test_a_failed_step_is_told_and_mended(cluster, tmp_path):
     assert {step["done"] for step in second.values()} == {"submitted"}
     cluster.wait_for(second["tokens"]["job"], "COMPLETED")
     assert {one["state"] for one in m3(cluster, "status", file, output).values()} == {"finished"}
+
+
+KILLS = """\
+#!/usr/bin/env bash
+[ "$1" != --version ] || exec SBATCH "$@"
+case WHEN in
+    before) kill -KILL $PPID ;;
+    meanwhile) kill -KILL $PPID; until [ -e FOLDER/go ]; do sleep 0.05; done; SBATCH "$@" ;;
+    after) SBATCH "$@"; kill -KILL $PPID ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("when", "done"), [
+    ("before", "submitted"), ("meanwhile", "left alone"), ("after", "left alone")])
+def test_what_a_killed_command_submitted_is_not_submitted_again(cluster, tmp_path, when, done):
+    """The sbatch that it calls kills it; a job of an array, which is held, and one that waits for it."""
+    chain, output, kills = tmp_path / "chain.yaml", tmp_path / "run", tmp_path / "bin" / "sbatch"
+    chain.write_text(BROKEN.replace("broken", "killed").replace(
+        "makes: tokenizer\n", "makes: tokenizer\n    slurm: {hold: true}\n    array: one two\n"))
+    kills.parent.mkdir()
+    real = shutil.which("sbatch", path=PATH)
+    kills.write_text(KILLS.replace("SBATCH", real).replace("WHEN", when).replace("FOLDER", str(tmp_path)))
+    kills.chmod(0o755)
+    submit = f"{sys.executable} -m launch.m3 slurm submit {chain} --set output={output} 2>&1"
+    cluster.run("bash", "-c", f"! PATH={kills.parent}:$PATH {submit}")
+    if when == "meanwhile":
+        assert "another `m3 slurm submit` of this chain is at work" in cluster.run("bash", "-c", submit, check=False)
+        (tmp_path / "go").touch()
+        cluster.run("flock", output / "slurm" / "lock", "true")
+    first = m3(cluster, "submit", chain, output)
+    assert [step["done"] for step in first.values()] == [done, "submitted"]
+    assert [step["done"] for step in m3(cluster, "submit", chain, output).values()] == ["left alone"] * 2
+    known = cluster.run("squeue", "--noheader", "--format=%F %j").splitlines()
+    assert sorted(line for line in known if "killed." in line) == sorted(
+        f"{step['job']} killed.{name}" for name, step in first.items())
+    cluster.run("scancel", *(step["job"] for step in first.values()))
 
 
 SERVER = """\

@@ -17,7 +17,7 @@ CODECS = ("none", "auto", "RQ4x5", "KLT6")
 @pytest.fixture(scope="module")
 def order(folder, loaded, references):
     """The order of a bank: order(name, **options)."""
-    from megatron_m3.memory.build import BankOrder
+    from megatron_m3.memory.bank_order import BankOrder
 
     def order(name, **options):
         given = {"block_size": 64, "codec_sample": 300} | options

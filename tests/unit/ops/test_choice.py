@@ -1,13 +1,16 @@
 """Which backend `auto` is, and that it says why."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_m3.config import ModelConfig, get_recipe
-from megatron_m3.ops import choice, rope, select_tokens
+from megatron_m3.errors import UnsupportedError
+from megatron_m3.ops import choice, rope, select_tokens, triton_support
 from megatron_m3.ops.choice import choose_backend, decide
+from megatron_m3.ops.memory_attention import triton_backend
 from megatron_m3.ops.select_tokens import choice as selection
 
 
@@ -19,6 +22,36 @@ from megatron_m3.ops.select_tokens import choice as selection
 ])
 def test_auto_takes_what_the_card_can_run(architecture, head_size, told):
     assert told in str(decide(architecture, head_size))
+
+
+@pytest.fixture
+def undecided(monkeypatch, tmp_path):
+    """As in a new process of a user who has not used Triton yet."""
+    cached = decide, rope.triton_backend.kernels, triton_backend.kernels, triton_support.compiler_fault
+    for function in cached:
+        function.cache_clear()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(("name", "value", "told"), [
+    ("PATH", "/nowhere", r"\(Failed to find C compiler\)"),
+    ("CC", "no-compiler", r"\(.*No such file or directory: 'no-compiler'\)"),
+    ("CC", "/bin/false", r"\(/bin/false ended with status 1\)"),
+])
+def test_without_a_c_compiler_auto_is_torch_and_triton_is_refused(name, value, told, undecided, monkeypatch):
+    monkeypatch.setenv(name, value)
+    told += "; install gcc and Python's headers, or set CC to a C compiler; or use torch"
+    found = decide(90, 64)
+    assert found.name == "torch"
+    assert re.search(told, found.why)
+    assert "\n" not in found.why
+    table = rope.turns(torch.zeros(1, 4, 1, 32), torch.float32)
+    with pytest.raises(UnsupportedError, match=f"model.attention=triton: RoPE: .*{told}"):
+        rope.rotate(torch.zeros(1, 4, 2, 64), table, "triton")
 
 
 def test_on_the_cpu_it_is_torch_and_a_name_is_taken_as_it_is():

@@ -5,10 +5,12 @@ import textwrap
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
 from megatron_m3.config import ParallelConfig
-from megatron_m3.errors import ConfigError
-from megatron_m3.platform.distributed import check_world_size
+from megatron_m3.errors import ArtifactError, ConfigError
+from megatron_m3.platform.distributed import check_world_size, on_first_process
 from megatron_m3.platform.platform import local_gpu
 from tests.launcher import ROOT, run_command
 
@@ -93,3 +95,28 @@ def test_gpus_are_counted():
     from megatron_m3.platform import count_gpus
 
     assert count_gpus() == torch.cuda.device_count()
+
+
+def try_on_first(rank, folder):
+    """Write what each of three actions, which the first process alone is to run, raises here."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+
+    def refuse():
+        raise ArtifactError("another run has it")
+
+    for action in (lambda: (folder / "made").mkdir(), refuse, lambda: (folder / "absent" / "folder").mkdir()):
+        try:
+            on_first_process(action)
+            told = "done"
+        except (ArtifactError, OSError) as error:
+            told = f"{type(error).__name__}: {error}"
+        with (folder / str(rank)).open("a") as stream:
+            print(told, file=stream)
+    dist.destroy_process_group()
+
+
+def test_what_stops_the_first_process_is_raised_on_all(tmp_path):
+    torch.multiprocessing.spawn(try_on_first, (tmp_path,), nprocs=2)
+    told = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    absent = f"FileNotFoundError: [Errno 2] No such file or directory: '{tmp_path}/absent/folder'"
+    assert told == [f"done\nArtifactError: another run has it\n{absent}\n"] * 2
