@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_m3.errors import ArtifactError, M3Error, user_message
+from megatron_m3.errors import ArtifactError, M3Error, user_message, warn
 from megatron_m3.manifest.lock import NAME, FolderLock, read_owner
 from megatron_m3.model.checkpoint import list_checkpoints
 from megatron_m3.training.metrics import say
@@ -49,7 +49,7 @@ def _take(output: Path, found: list[Path], held: contextlib.ExitStack) -> None:
     except OSError as error:
         if error.errno not in CANNOT_LOCK:
             raise
-        say(f"warning: {output}: cannot be locked on this file system; let no other run write there")
+        warn(f"{output}: cannot be locked on this file system; let no other run write there")
     if list_checkpoints(output) != found:
         raise ArtifactError(f"{output}: another run saved here meanwhile; run the same command again to go on from it")
 
