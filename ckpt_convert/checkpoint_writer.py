@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ckpt_convert.finite import is_finite, warn_of_broken
 from ckpt_convert.mapping import OurTensor, extra_states
 from megatron_m3.config import Config, to_dict
 from megatron_m3.errors import ArtifactError, M3Error
@@ -105,12 +106,12 @@ def write_checkpoint(output: Path, config: Config, pieces: Sequence[Piece], make
     """
     refuse_output(output)
     folder = checkpoint_folder(output, step)
-    dtype = DTYPES[config.training.dtype]
+    dtype, broken = DTYPES[config.training.dtype], list[str]()
     with atomic_folder(folder) as temporary:
         check_space(temporary, sum(piece.sizes.numel() for piece in pieces) * dtype.itemsize)
         tokenizer = save_tokenizer(temporary / "tokenizer")
         try:
-            fingerprint = _write_pieces(temporary, config.model.num_layers, dtype, pieces, make)
+            fingerprint = _write_pieces(temporary, config.model.num_layers, dtype, pieces, make, broken)
         except RuntimeError as error:  # how torch's zip writer speaks of a full disk
             raise M3Error(f"{folder}: cannot write ({str(error).splitlines()[0]}); free space, or choose another "
                           "folder") from error
@@ -121,6 +122,7 @@ def write_checkpoint(output: Path, config: Config, pieces: Sequence[Piece], make
             kind=KIND, schema=SCHEMA, settings=settings, info=info, inputs=inputs | {"tokenizer": tokenizer.hash},
             files={name: hash_file(temporary / name) for name in names},
         ))
+    warn_of_broken(folder, broken)
     return folder, fingerprint
 
 
@@ -143,8 +145,8 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _write_pieces(folder: Path, num_layers: int, dtype: torch.dtype, pieces: Sequence[Piece],
-                  make: Callable[[Piece], torch.Tensor]) -> str:
-    """Write all pieces and their metadata; the fingerprint of the weights."""
+                  make: Callable[[Piece], torch.Tensor], broken: list[str]) -> str:
+    """Write all pieces and their metadata; the fingerprint of the weights. ``broken`` is added to."""
     sums, results, writer = WeightSums(), [], _Writer(folder)
     for number, (file, group) in enumerate(groupby(pieces, key=lambda piece: piece.file)):
         with (folder / file).open("wb") as stream:
@@ -152,6 +154,7 @@ def _write_pieces(folder: Path, num_layers: int, dtype: torch.dtype, pieces: Seq
                 results += _write_empty_states(writer, stream, file, num_layers)
             for piece in group:
                 data = make(piece).view(piece.sizes)
+                broken += broken_parts(piece, data)
                 assert data.dtype == dtype, (piece.tensor.key, data.dtype)
                 sums.add(piece.tensor.key, data, piece.offset, piece.tensor.global_shape)
                 results.append(_write(writer, stream, file, _tensor_item(piece, dtype), data))
@@ -163,6 +166,15 @@ def _write_pieces(folder: Path, num_layers: int, dtype: torch.dtype, pieces: Seq
         entry.chunks.append(ChunkStorageMetadata(offsets=piece.offset, sizes=piece.sizes))
     writer.finish(Metadata(state_dict_metadata=described), [results])
     return sums.hash()
+
+
+def broken_parts(piece: Piece, data: torch.Tensor) -> list[str]:
+    """Which of their tensors bring NaN or infinite numbers into a piece."""
+    if is_finite(data):
+        return []
+    begin, rows = piece.start[0], data.view(piece.size)
+    return [part.name for part in piece.tensor.parts_within(begin, begin + piece.size[0])
+            if not is_finite(rows[part.start - begin :][: part.rows])]
 
 
 def _write(writer: FileSystemWriter, stream: Any, file: str, item: WriteItem, data: Any) -> WriteResult:

@@ -40,4 +40,4 @@ def warn_beyond_context(model: ModelDescription, lengths: Sequence[int], *, read
     beyond = [length for length in lengths if length > context]
     if beyond:
         warn(f"{len(beyond):,} of {len(lengths):,} texts take up to {max(beyond):,} tokens, more than the {context:,} "
-             f"that the model was made for; it may fail behind them: {mend}")
+             f"that the model was made or trained for; it may fail behind them: {mend}")
