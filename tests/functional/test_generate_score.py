@@ -164,7 +164,7 @@ def test_texts_longer_than_the_model_was_made_for_are_told(paths, run, tmp_path,
             (tmp_path / "in.jsonl").write_text(json.dumps(line))
             told = run(job, "--checkpoint", paths["run"], "--input", tmp_path / "in.jsonl", "--output",
                        tmp_path / "out.jsonl", "--mode", "explicit" if memory else "none").err
-        what = f"warning: 1 of 1 texts take up to {context + 1} tokens, more than the {context} that the model was made or"
+        what = f"warning: 1 of 1 texts take up to {context + 1} tokens, more than the {context} that the model was"
         assert (what in told) == bool(beyond), told
 
 
