@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ckpt_convert.finite import is_finite, warn_of_broken
+from ckpt_convert.finite import is_finite
 from ckpt_convert.mapping import OurTensor, extra_states
 from megatron_m3.config import Config, to_dict
 from megatron_m3.errors import ArtifactError, M3Error
@@ -74,6 +74,15 @@ def cut(tensor: OurTensor, start: Sequence[int], size: Sequence[int], file: str)
                     size=(min(step, size[0] - first), *size[1:]), file=file)
 
 
+class Written(NamedTuple):
+    """A checkpoint that was written."""
+
+    folder: Path
+    weights_hash: str
+    broken: list[str]
+    """Their tensors that brought NaN or infinite numbers; a name may come several times."""
+
+
 class _Writer(FileSystemWriter):
     """torch's writer of the metadata, without its random name for each saving: same numbers, same bytes."""
 
@@ -83,7 +92,7 @@ class _Writer(FileSystemWriter):
 
 def write_checkpoint(output: Path, config: Config, pieces: Sequence[Piece], make: Callable[[Piece], torch.Tensor],
                      save_tokenizer: Callable[[Path], "Tokenizer"], *, inputs: dict[str, str], info: dict[str, Any],
-                     step: int = 0, good: bool = True) -> tuple[Path, str]:
+                     step: int = 0, good: bool = True) -> Written:
     """Write a checkpoint of weights alone, holding one piece at a time; whole or absent.
 
     Args:
@@ -97,21 +106,18 @@ def write_checkpoint(output: Path, config: Config, pieces: Sequence[Piece], make
         step: steps that the weights were trained for.
         good: whether training was healthy then.
 
-    Returns:
-        The checkpoint's folder and the fingerprint of its weights.
-
     Raises:
         ArtifactError: ``output`` is taken.
         M3Error: the disk is too small, or refuses.
     """
     refuse_output(output)
     folder = checkpoint_folder(output, step)
-    dtype, broken = DTYPES[config.training.dtype], list[str]()
+    dtype = DTYPES[config.training.dtype]
     with atomic_folder(folder) as temporary:
         check_space(temporary, sum(piece.sizes.numel() for piece in pieces) * dtype.itemsize)
         tokenizer = save_tokenizer(temporary / "tokenizer")
         try:
-            fingerprint = _write_pieces(temporary, config.model.num_layers, dtype, pieces, make, broken)
+            fingerprint, broken = _write_pieces(temporary, config.model.num_layers, dtype, pieces, make)
         except RuntimeError as error:  # how torch's zip writer speaks of a full disk
             raise M3Error(f"{folder}: cannot write ({str(error).splitlines()[0]}); free space, or choose another "
                           "folder") from error
@@ -122,8 +128,7 @@ def write_checkpoint(output: Path, config: Config, pieces: Sequence[Piece], make
             kind=KIND, schema=SCHEMA, settings=settings, info=info, inputs=inputs | {"tokenizer": tokenizer.hash},
             files={name: hash_file(temporary / name) for name in names},
         ))
-    warn_of_broken(folder, broken)
-    return folder, fingerprint
+    return Written(folder, fingerprint, broken)
 
 
 def refuse_output(output: Path) -> None:
@@ -145,9 +150,9 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _write_pieces(folder: Path, num_layers: int, dtype: torch.dtype, pieces: Sequence[Piece],
-                  make: Callable[[Piece], torch.Tensor], broken: list[str]) -> str:
-    """Write all pieces and their metadata; the fingerprint of the weights. ``broken`` is added to."""
-    sums, results, writer = WeightSums(), [], _Writer(folder)
+                  make: Callable[[Piece], torch.Tensor]) -> tuple[str, list[str]]:
+    """Write all pieces and their metadata; the fingerprint of the weights, and :attr:`Written.broken`."""
+    sums, results, writer, broken = WeightSums(), [], _Writer(folder), list[str]()
     for number, (file, group) in enumerate(groupby(pieces, key=lambda piece: piece.file)):
         with (folder / file).open("wb") as stream:
             if number == 0:
@@ -165,7 +170,7 @@ def _write_pieces(folder: Path, num_layers: int, dtype: torch.dtype, pieces: Seq
             properties=properties, size=torch.Size(piece.tensor.global_shape), chunks=[]))
         entry.chunks.append(ChunkStorageMetadata(offsets=piece.offset, sizes=piece.sizes))
     writer.finish(Metadata(state_dict_metadata=described), [results])
-    return sums.hash()
+    return sums.hash(), broken
 
 
 def broken_parts(piece: Piece, data: torch.Tensor) -> list[str]:

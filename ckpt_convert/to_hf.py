@@ -103,8 +103,7 @@ def write_folder(source: "CheckpointSource", folder: Path, options: ToOptions) -
     if options.memory:
         fields |= add_memory(source, tokenizer, family, folder)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    broken: list[str] = []
-    files = write_weights(source, folder, dtype, options.max_shard_bytes, broken)
+    files, broken = write_weights(source, folder, dtype, options.max_shard_bytes)
     write_manifest(folder, Manifest(
         kind="transformers", schema=1, settings={"family": family, "dtype": fields["torch_dtype"]},
         inputs={"checkpoint": source.manifest.hash, "weights": source.manifest.settings["weights_hash"]},
@@ -115,10 +114,10 @@ def write_folder(source: "CheckpointSource", folder: Path, options: ToOptions) -
             "files": len(files), "bytes": sum((folder / name).stat().st_size for name in files)}
 
 
-def write_weights(source: "CheckpointSource", folder: Path, dtype: "torch.dtype", max_bytes: int,
-                  broken: list[str]) -> list[str]:
-    """Write the tensors as safetensors, a band of rows at a time; names of the files. Those that hold NaN or infinite
-    numbers are added to ``broken``."""
+def write_weights(source: "CheckpointSource", folder: Path, dtype: "torch.dtype", max_bytes: int
+                  ) -> tuple[list[str], list[str]]:
+    """Write the tensors as safetensors, a band of rows at a time; names of the files, and of the tensors that hold NaN
+    or infinite numbers."""
     from ckpt_convert.checkpoint_writer import check_space
     from ckpt_convert.mapping import their_shapes
     from ckpt_convert.sources import INDEX, SINGLE
@@ -131,6 +130,7 @@ def write_weights(source: "CheckpointSource", folder: Path, dtype: "torch.dtype"
     files = [SINGLE] if len(shards) == 1 else [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
     ]
+    broken: list[str] = []
     with Progress("convert", sum(sizes.values()), "bytes") as progress:
         for file, names in zip(files, shards, strict=True):
             broken += _write_safetensors(folder / file, source, dtype, {name: shapes[name] for name in names},
@@ -139,7 +139,7 @@ def write_weights(source: "CheckpointSource", folder: Path, dtype: "torch.dtype"
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return files
+    return files, broken
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -164,6 +164,7 @@ def _share_out(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
 
 def _write_safetensors(path: Path, source: "CheckpointSource", dtype: "torch.dtype",
                        shapes: dict[str, tuple[int, ...]], done: Callable[[int], None]) -> list[str]:
+    """Write one file; names of the tensors that hold NaN or infinite numbers."""
     import torch
 
     from ckpt_convert.finite import is_finite

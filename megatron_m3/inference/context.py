@@ -22,8 +22,8 @@ def context_of(model: ModelDescription, *, reads_memories: bool) -> int:
     first = int(trunk_positions(prefix, model.config.memory.reference_length, 1)[prefix])
     if most < first + BOS_AND_A_TOKEN:
         behind = f", behind {prefix} of the prefix and {first - prefix} of references" if prefix else ""
-        mend = "convert it with a smaller memory.reference_length, or read no memories" if prefix else "take another"
-        raise ConfigError(f"model.max_positions={most}: too few for BOS and a token{behind}; {mend}")
+        mend = ", or read no memories (--no-memory, --mode none)" if prefix else ""
+        raise ConfigError(f"model.max_positions={most}: too few for BOS and a token{behind}; take another model{mend}")
     return most - first
 
 

@@ -79,14 +79,13 @@ def test_a_model_whose_positions_prefix_and_references_take_is_refused(given):
     from megatron_m3.inference.context import context_of
 
     model = open_serving(ServeOptions(**given)).engine.loaded
-    for positions, left in ((16 + len(model.prefix_ids) + 2, 2), (16 + len(model.prefix_ids) + 1, None)):
-        few = dataclasses.replace(model, config=replace_fields(model.config, {"model.max_positions": str(positions)}))
-        if left:
-            assert context_of(few, reads_memories=True) == left
-            continue
-        with pytest.raises(M3Error, match=rf"model\.max_positions={positions}: too few for BOS and a token.*of refer"):
-            context_of(few, reads_memories=True)
-        assert context_of(few, reads_memories=False) == positions
+    taken = 16 + len(model.prefix_ids)
+    enough, few = (dataclasses.replace(model, config=replace_fields(model.config, {"model.max_positions": str(count)}))
+                   for count in (taken + 2, taken + 1))
+    assert context_of(enough, reads_memories=True) == 2
+    assert context_of(few, reads_memories=False) == taken + 1
+    with pytest.raises(M3Error, match=rf"model\.max_positions={taken + 1}: too few for BOS and a token.*of references"):
+        context_of(few, reads_memories=True)
 
 
 def test_a_completion_is_what_m3_generate_writes_and_shows_what_it_read(client, generate):
