@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ckpt_convert.finite import is_finite
 from ckpt_convert.mapping import OurTensor, extra_states
 from megatron_m3.config import Config, to_dict
 from megatron_m3.errors import ArtifactError, M3Error
@@ -73,6 +74,15 @@ def cut(tensor: OurTensor, start: Sequence[int], size: Sequence[int], file: str)
                     size=(min(step, size[0] - first), *size[1:]), file=file)
 
 
+class Written(NamedTuple):
+    """A checkpoint that was written."""
+
+    folder: Path
+    weights_hash: str
+    broken: list[str]
+    """Their tensors that brought NaN or infinite numbers; a name may come several times."""
+
+
 class _Writer(FileSystemWriter):
     """torch's writer of the metadata, without its random name for each saving: same numbers, same bytes."""
 
@@ -82,7 +92,7 @@ class _Writer(FileSystemWriter):
 
 def write_checkpoint(output: Path, config: Config, pieces: Sequence[Piece], make: Callable[[Piece], torch.Tensor],
                      save_tokenizer: Callable[[Path], "Tokenizer"], *, inputs: dict[str, str], info: dict[str, Any],
-                     step: int = 0, good: bool = True) -> tuple[Path, str]:
+                     step: int = 0, good: bool = True) -> Written:
     """Write a checkpoint of weights alone, holding one piece at a time; whole or absent.
 
     Args:
@@ -96,9 +106,6 @@ def write_checkpoint(output: Path, config: Config, pieces: Sequence[Piece], make
         step: steps that the weights were trained for.
         good: whether training was healthy then.
 
-    Returns:
-        The checkpoint's folder and the fingerprint of its weights.
-
     Raises:
         ArtifactError: ``output`` is taken.
         M3Error: the disk is too small, or refuses.
@@ -110,7 +117,7 @@ def write_checkpoint(output: Path, config: Config, pieces: Sequence[Piece], make
         check_space(temporary, sum(piece.sizes.numel() for piece in pieces) * dtype.itemsize)
         tokenizer = save_tokenizer(temporary / "tokenizer")
         try:
-            fingerprint = _write_pieces(temporary, config.model.num_layers, dtype, pieces, make)
+            fingerprint, broken = _write_pieces(temporary, config.model.num_layers, dtype, pieces, make)
         except RuntimeError as error:  # how torch's zip writer speaks of a full disk
             raise M3Error(f"{folder}: cannot write ({str(error).splitlines()[0]}); free space, or choose another "
                           "folder") from error
@@ -121,7 +128,7 @@ def write_checkpoint(output: Path, config: Config, pieces: Sequence[Piece], make
             kind=KIND, schema=SCHEMA, settings=settings, info=info, inputs=inputs | {"tokenizer": tokenizer.hash},
             files={name: hash_file(temporary / name) for name in names},
         ))
-    return folder, fingerprint
+    return Written(folder, fingerprint, broken)
 
 
 def refuse_output(output: Path) -> None:
@@ -143,15 +150,16 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _write_pieces(folder: Path, num_layers: int, dtype: torch.dtype, pieces: Sequence[Piece],
-                  make: Callable[[Piece], torch.Tensor]) -> str:
-    """Write all pieces and their metadata; the fingerprint of the weights."""
-    sums, results, writer = WeightSums(), [], _Writer(folder)
+                  make: Callable[[Piece], torch.Tensor]) -> tuple[str, list[str]]:
+    """Write all pieces and their metadata; the fingerprint of the weights, and :attr:`Written.broken`."""
+    sums, results, writer, broken = WeightSums(), [], _Writer(folder), list[str]()
     for number, (file, group) in enumerate(groupby(pieces, key=lambda piece: piece.file)):
         with (folder / file).open("wb") as stream:
             if number == 0:
                 results += _write_empty_states(writer, stream, file, num_layers)
             for piece in group:
                 data = make(piece).view(piece.sizes)
+                broken += broken_parts(piece, data)
                 assert data.dtype == dtype, (piece.tensor.key, data.dtype)
                 sums.add(piece.tensor.key, data, piece.offset, piece.tensor.global_shape)
                 results.append(_write(writer, stream, file, _tensor_item(piece, dtype), data))
@@ -162,7 +170,16 @@ def _write_pieces(folder: Path, num_layers: int, dtype: torch.dtype, pieces: Seq
             properties=properties, size=torch.Size(piece.tensor.global_shape), chunks=[]))
         entry.chunks.append(ChunkStorageMetadata(offsets=piece.offset, sizes=piece.sizes))
     writer.finish(Metadata(state_dict_metadata=described), [results])
-    return sums.hash()
+    return sums.hash(), broken
+
+
+def broken_parts(piece: Piece, data: torch.Tensor) -> list[str]:
+    """Which of their tensors bring NaN or infinite numbers into a piece."""
+    if is_finite(data):
+        return []
+    begin, rows = piece.start[0], data.view(piece.size)
+    return [part.name for part in piece.tensor.parts_within(begin, begin + piece.size[0])
+            if not is_finite(rows[part.start - begin :][: part.rows])]
 
 
 def _write(writer: FileSystemWriter, stream: Any, file: str, item: WriteItem, data: Any) -> WriteResult:

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def convert(options: FromOptions) -> dict[str, str | int]:
     """Write the checkpoint, and return what the summary tells; nothing is written if anything is unsupported."""
     from ckpt_convert.checkpoint_writer import DTYPES, refuse_output, write_checkpoint
+    from ckpt_convert.finite import warn_of_broken
     from ckpt_convert.sources import FileSource, open_model
     from ckpt_convert.tokenizer_files import check_tokenizer, source_tokenizer
     from megatron_m3.manifest import hash_file, hash_json
@@ -91,12 +92,13 @@ def convert(options: FromOptions) -> dict[str, str | int]:
             progress.advance(data.nbytes)
             return data
 
-        folder, fingerprint = write_checkpoint(output, config, pieces, make, save_tokenizer, inputs=hashes,
-                                               info={"family": source.family, "source": path.name})
+        written = write_checkpoint(output, config, pieces, make, save_tokenizer, inputs=hashes,
+                                   info={"family": source.family, "source": path.name})
+    warn_of_broken(written.folder, written.broken)
     settings = found[0].manifest.settings
     return {
-        "checkpoint": str(folder), "family": source.family, "dtype": config.training.dtype,
-        "weights_hash": fingerprint, "memory_layers": config.memory.layers,
+        "checkpoint": str(written.folder), "family": source.family, "dtype": config.training.dtype,
+        "weights_hash": written.weights_hash, "memory_layers": config.memory.layers,
         "parameters": sum(piece.sizes.numel() for piece in pieces) - padding(source.model),
         "bos": settings["bos"], "bos_is": settings["bos_is"], "eos": settings["eos"],
         "prefix": settings["bos"] + config.memory.prefix,

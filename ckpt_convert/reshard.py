@@ -58,6 +58,7 @@ def convert(options: ReshardOptions) -> dict[str, Any]:
     """Write the checkpoint, and return what the summary tells."""
     from ckpt_convert.checkpoint_source import CheckpointSource
     from ckpt_convert.checkpoint_writer import DTYPES, write_checkpoint
+    from ckpt_convert.finite import warn_of_broken
     from ckpt_convert.sources import is_checkpoint
     from megatron_m3.platform.progress import Progress
     from megatron_m3.tokenizer import Tokenizer
@@ -81,11 +82,12 @@ def convert(options: ReshardOptions) -> dict[str, Any]:
             return data
 
         settings = source.manifest.settings
-        folder, fingerprint = write_checkpoint(
+        written = write_checkpoint(
             Path(options.output), config, pieces, make, save_tokenizer, inputs={"checkpoint": source.manifest.hash},
             info=source.manifest.info, step=settings["step"], good=settings["good"],
         )
-    return {"checkpoint": str(folder), "weights_hash": fingerprint, "dtype": config.training.dtype,
+    warn_of_broken(written.folder, written.broken)
+    return {"checkpoint": str(written.folder), "weights_hash": written.weights_hash, "dtype": config.training.dtype,
             "files": len({piece.file for piece in pieces})}
 
 

@@ -88,6 +88,7 @@ def write_folder(source: "CheckpointSource", folder: Path, options: ToOptions) -
     import torch
 
     from ckpt_convert.families import FAMILIES, family_of, write_config
+    from ckpt_convert.finite import warn_of_broken
     from ckpt_convert.memory_folder import add_memory
     from ckpt_convert.tokenizer_files import write_tokenizer
     from megatron_m3.manifest import Manifest, hash_file, write_manifest
@@ -102,18 +103,21 @@ def write_folder(source: "CheckpointSource", folder: Path, options: ToOptions) -
     if options.memory:
         fields |= add_memory(source, tokenizer, family, folder)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    files = write_weights(source, folder, dtype, options.max_shard_bytes)
+    files, broken = write_weights(source, folder, dtype, options.max_shard_bytes)
     write_manifest(folder, Manifest(
         kind="transformers", schema=1, settings={"family": family, "dtype": fields["torch_dtype"]},
         inputs={"checkpoint": source.manifest.hash, "weights": source.manifest.settings["weights_hash"]},
         files={path.name: hash_file(path) for path in sorted(folder.iterdir())},
     ))
+    warn_of_broken(Path(options.output), broken)
     return {"family": family, "architecture": FAMILIES[family].architecture, "dtype": fields["torch_dtype"],
             "files": len(files), "bytes": sum((folder / name).stat().st_size for name in files)}
 
 
-def write_weights(source: "CheckpointSource", folder: Path, dtype: "torch.dtype", max_bytes: int) -> list[str]:
-    """Write the tensors as safetensors, a band of rows at a time; names of the files."""
+def write_weights(source: "CheckpointSource", folder: Path, dtype: "torch.dtype", max_bytes: int
+                  ) -> tuple[list[str], list[str]]:
+    """Write the tensors as safetensors, a band of rows at a time; names of the files, and of the tensors that hold NaN
+    or infinite numbers."""
     from ckpt_convert.checkpoint_writer import check_space
     from ckpt_convert.mapping import their_shapes
     from ckpt_convert.sources import INDEX, SINGLE
@@ -126,14 +130,16 @@ def write_weights(source: "CheckpointSource", folder: Path, dtype: "torch.dtype"
     files = [SINGLE] if len(shards) == 1 else [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
     ]
+    broken: list[str] = []
     with Progress("convert", sum(sizes.values()), "bytes") as progress:
         for file, names in zip(files, shards, strict=True):
-            _write_safetensors(folder / file, source, dtype, {name: shapes[name] for name in names}, progress.advance)
+            broken += _write_safetensors(folder / file, source, dtype, {name: shapes[name] for name in names},
+                                         progress.advance)
     if len(files) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return files
+    return files, broken
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -157,12 +163,15 @@ def _share_out(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
 
 
 def _write_safetensors(path: Path, source: "CheckpointSource", dtype: "torch.dtype",
-                       shapes: dict[str, tuple[int, ...]], done: Callable[[int], None]) -> None:
+                       shapes: dict[str, tuple[int, ...]], done: Callable[[int], None]) -> list[str]:
+    """Write one file; names of the tensors that hold NaN or infinite numbers."""
     import torch
+
+    from ckpt_convert.finite import is_finite
 
     kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
+    begin, broken = 0, list[str]()
     for name, shape in shapes.items():
         end = begin + _count(shape) * dtype.itemsize
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
@@ -173,9 +182,11 @@ def _write_safetensors(path: Path, source: "CheckpointSource", dtype: "torch.dty
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
             for _, _, rows in source.bands(name):
-                data = rows.to(dtype).contiguous().view(torch.uint8).numpy()
-                stream.write(data)
+                data = rows.to(dtype).contiguous()
+                broken += [] if is_finite(data) else [name]
+                stream.write(data.view(torch.uint8).numpy())
                 done(data.nbytes)
+    return broken
 
 
 if __name__ == "__main__":

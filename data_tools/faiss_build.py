@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_m3.errors import ConfigError
+from megatron_m3.platform.faiss_factory import faiss_factory
 from megatron_m3.platform.threads import one_faiss_thread
 
 FLAT_LIMIT = 200_000
@@ -54,7 +55,7 @@ def make_faiss(factory: str, size: int, count: int) -> Any:
     import faiss
 
     with refusals(factory, size, count):
-        index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss_factory(factory, size, faiss.METRIC_INNER_PRODUCT)
     lists = _lists(index)
     if lists is not None and lists.nlist > count:
         raise ConfigError(f"factory={factory}: has more lists than the {count} vectors; try Flat")

@@ -216,7 +216,7 @@ def _read_parquet(path: Path) -> Records:
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
         types = {name: str(kind) for name, kind in zip(file.schema_arrow.names, file.schema_arrow.types, strict=True)}
         if types.get("text") not in ("string", "large_string", "binary", "large_binary"):
             raise DataError(f"{path}: no column 'text' that holds text; its columns are {types}")

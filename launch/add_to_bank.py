@@ -1,10 +1,10 @@
-"""`m3 bank add`: give a bank the references that were added to its knowledge base, and refuse other edits.
+"""`m3 bank add`: encode the references that were added to a bank's knowledge base, and refuse any other edit of it.
 
     m3 data edit-references --references R --output R2 --add new.jsonl --tokenizer tokenizer
     m3 bank add --bank bank --references R2 --checkpoint run
 
-New references get the next free ids. It is `m3 bank update`, which follows every edit, with a check; under mpiexec, run
-that.
+The first command adds the texts, under the next free ids, the second one their memories. It is `m3 bank update`, which
+follows every edit, with a check that references were only added; under mpiexec, run that.
 """
 
 from collections.abc import Sequence

@@ -21,9 +21,9 @@ class DeleteOptions:
     bank: str
     """Folder of the bank."""
     ids: str = ""
-    """Ids of references, such as 3,7,20-40."""
+    """Ids of references, such as 3,7,20-40; this or --document."""
     document: str = ""
-    """Id of a document, all of whose references are deleted."""
+    """Id of a document, all of whose references are deleted; this or --ids."""
     references: str = ""
     """With --document: folder of the bank's knowledge base."""
 

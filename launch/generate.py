@@ -67,13 +67,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_m3.platform import select
 
     select()
+    from megatron_m3.inference.context import warn_beyond_context
     from megatron_m3.inference.generation import Statistics
     from megatron_m3.inference.sampling import Sampling, draws
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     prompts = [options.prompt] if options.prompt is not None else read_prompts(Path(options.input))
     engine, total, results = build_engine(options), Statistics(), []
-    drawn = draws(sampling, engine.loaded.tokenizer.encode_batch(prompts))
+    ids = engine.loaded.tokenizer.encode_batch(prompts)
+    warn_beyond_context(engine.loaded, [1 + len(one) + options.max_new_tokens for one in ids],
+                        reads_memories=engine.recall is not None, mend="shorten the prompt or max_new_tokens")
+    drawn = draws(sampling, ids)
     for first in range(0, len(prompts), options.batch):
         part = slice(first, first + options.batch)
         found, statistics = engine.generate(prompts[part], options.max_new_tokens, drawn[part])

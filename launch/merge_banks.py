@@ -4,8 +4,9 @@
     m3 data edit-references --references R --append S --output R2
     m3 bank merge --bank bank --other other --references R2
 
-Both banks must be of the same model with the same codec and memory settings. The other's references get the next free
-ids, in order. Its shards are shared (hard links) where the file system allows; it stays as it is.
+R is the bank's knowledge base, S the other's. Both banks must be of the same model with the same codec and memory
+settings. The other's references get the next free ids, in order. Its shards are shared (hard links) where the file
+system allows; it stays as it is.
 """
 
 from collections.abc import Sequence

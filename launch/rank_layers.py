@@ -38,12 +38,12 @@ class RankOptions:
     plot: str = ""
     """PNG file to write; none by default."""
     num_layers: int | None = None
-    """Layers to propose, and as many heads as they have; this or bytes."""
+    """Layers to propose, and as many heads as they have; this or --bytes."""
     bytes: int | None = None
-    """Most bytes of a reference's record in a bank; this or num_layers."""
+    """Most bytes of a reference's record in a bank; this or --num-layers."""
     tokens: str | None = None
     """Kept tokens of a record: a number, or all; by default the checkpoint's. Losses are measured with
-    measured_tokens."""
+    --measured-tokens."""
     codec: str = "none"
     """Codec of a record: none (bf16 numbers), KLT and a number, or a FAISS factory string."""
     measured_tokens: str = "all"

@@ -1,10 +1,10 @@
-"""`m3 bank replace`: encode anew the references that have another text in an edited knowledge base, and no others.
+"""`m3 bank replace`: encode anew the references that were replaced in a bank's knowledge base, and refuse other edits.
 
     m3 data edit-references --references R --output R2 --replace 5,9 --by texts.jsonl --tokenizer tokenizer
     m3 bank replace --bank bank --references R2 --checkpoint run
 
-It is `m3 bank update`, which follows every edit, with a check that references were only replaced; under mpiexec, run
-that.
+The first command replaces the texts, which keep their ids, the second one their memories. It is `m3 bank update`, which
+follows every edit, with a check that references were only replaced; under mpiexec, run that.
 """
 
 from collections.abc import Sequence

@@ -103,6 +103,7 @@ def score(options: ScoreOptions) -> dict[str, Any]:
     if options.mode == "shuffled":
         examples = exchange_references(examples, options.seed)
     scorer = Scorer(loaded, options.mode, batch_tokens=options.batch_tokens)
+    scorer.warn_of_long(examples)
     if reads_references and options.codec != "none":
         scorer.train_codec(options.codec, scorer.draw_sample(examples, options.seed))
     with Progress("score", len(examples), "lines") as progress:

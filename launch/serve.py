@@ -124,10 +124,11 @@ def serve(options: ServeOptions, listener: socket.socket, leaving: _Leaving) -> 
 
 def open_serving(options: ServeOptions) -> "Serving":
     """The engine, with the name and the context under which it is served."""
-    from megatron_m3.inference.completions import Serving, context_of
+    from megatron_m3.inference.completions import Serving
+    from megatron_m3.inference.context import context_of
 
     engine = build_engine(options)
-    context = context_of(engine)
+    context = context_of(engine.loaded, reads_memories=engine.recall is not None)
     if options.context > context:
         raise ConfigError(f"context={options.context}: more than the {context} tokens that the model was made for")
     return Serving(engine=engine, name=options.name or Path(options.checkpoint).resolve().name,

@@ -24,15 +24,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdateOptions:
+class EncodeOptions:
     """Which bank, and what it becomes a bank of."""
 
     bank: str
     """Folder of the bank."""
     references: str
     """Folder of the edited knowledge base, made by `m3 data edit-references`."""
+    checkpoint: str
+    """The checkpoint that the bank was built with, or the folder of its run, whose newest one is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateOptions(EncodeOptions):
+    """The same, where nothing may be left to encode."""
+
     checkpoint: str = ""
-    """The checkpoint that the bank was built with, or the folder of its run; only deletions do without."""
+    """The checkpoint that the bank was built with, or the folder of its run, whose newest one is taken; not needed
+    where references were only deleted."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str] | None, word: str, help: str, only: "Only" = "") -> None:
     """The job under the name ``m3 bank WORD``; ``only`` refuses edits of another kind."""
 
-    def do(options: UpdateOptions, comm: Any) -> str | None:
+    def do(options: EncodeOptions, comm: Any) -> str | None:
         import torch.distributed as dist
 
         settle(comm)
@@ -58,7 +67,7 @@ def run(argv: Sequence[str] | None, word: str, help: str, only: "Only" = "") -> 
             shut_down()
         return line
 
-    run_on_ranks(lambda: parse(UpdateOptions, argv, f"m3 bank {word}", help), do)
+    run_on_ranks(lambda: parse(EncodeOptions if only else UpdateOptions, argv, f"m3 bank {word}", help), do)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,12 @@ def user_message(error: BaseException) -> str | None:
     return f"{error.filename}: {error.strerror}" if error.filename is not None else None
 
 
+def warn(message: str) -> None:
+    """One line on stderr, from the first process of a job, of what works but is hardly meant."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def exit_on_user_error[T](main: Callable[[], T]) -> T:
     """Run ``main``; an :class:`M3Error` or a full disk becomes one line on stderr and exit status 2."""
     try:

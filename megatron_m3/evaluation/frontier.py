@@ -127,6 +127,8 @@ class Frontier:
         self.scorers = {
             point: Scorer(replace(loaded, config=point.config(loaded.config)), point.mode) for point in points
         }
+        for mode, scorer in {point.mode: scorer for point, scorer in self.scorers.items()}.items():
+            scorer.warn_of_long(self.examples["shuffled" if mode == "shuffled" else "explicit"])
         self.samples: dict[tuple[tuple[str, str], ...], CodecSample] = {}
 
     @classmethod

@@ -16,6 +16,7 @@ from megatron_m3.config import replace_fields
 from megatron_m3.evaluation.examples import Example
 from megatron_m3.evaluation.questions import Questions, batches
 from megatron_m3.evaluation.scoring import distinct_references, encode_texts, memories_of_lines
+from megatron_m3.inference.context import warn_beyond_context
 from megatron_m3.inference.reading import ChunkMemories, ReadingPlan
 from megatron_m3.model.checkpoint import LoadedModel
 from megatron_m3.model.layout import trunk_positions
@@ -61,6 +62,8 @@ class GatedReading:
         self.settled = torch.zeros(config.model.num_layers, config.model.num_kv_heads, dtype=torch.bool)
         self.batches: list[_Batch] = []
         costs = [len(loaded.prefix_ids) + len(one.context) + len(one.target) for one in examples]
+        warn_beyond_context(loaded, [1 + len(one.context) + len(one.target) for one in examples], reads_memories=True,
+                            mend="shorten the lines")
         with torch.inference_mode():
             for places in batches(costs, batch_tokens):
                 self.batches.append(self._prepare([examples[place] for place in places]))

@@ -14,6 +14,7 @@ from megatron_m3.config import Config
 from megatron_m3.errors import ConfigError
 from megatron_m3.evaluation.examples import Example
 from megatron_m3.evaluation.questions import Questions, batches
+from megatron_m3.inference.context import warn_beyond_context
 from megatron_m3.inference.forward import local_kv_heads, losses_at, restricted_heads
 from megatron_m3.inference.reading import ChunkMemories, ReadingPlan
 from megatron_m3.memory import (
@@ -117,6 +118,11 @@ class Scorer:
             return [self.loaded.tokenizer.bos_id, *example.context, *example.target]
         references = [token for reference in example.references for token in (*reference, *self.newline)]
         return [*self.loaded.prefix_ids, *references, *example.context, *example.target]
+
+    def warn_of_long(self, examples: Sequence[Example]) -> None:
+        """See :func:`.warn_beyond_context`."""
+        lengths = [len(self.tokens_of(one)) for one in examples]
+        warn_beyond_context(self.loaded, lengths, reads_memories=self.reads_memories, mend="shorten the lines")
 
     def batches(self, examples: Sequence[Example]) -> list[list[int]]:
         """Places of examples of similar length, longest first, each batch within ``batch_tokens`` or of one example."""

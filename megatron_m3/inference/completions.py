@@ -12,7 +12,6 @@ from megatron_m3.errors import ConfigError, M3Error
 from megatron_m3.inference.engine import Engine
 from megatron_m3.inference.generation import Continuation
 from megatron_m3.inference.sampling import Sampling
-from megatron_m3.model.layout import trunk_positions
 
 NEUTRAL: dict[str, Any] = {
     "n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": "", "presence_penalty": 0, "frequency_penalty": 0,
@@ -94,15 +93,6 @@ class Serving:
         recall = self.engine.recall
         return {"id": self.name, "object": "model", "created": self.started, "owned_by": "megatron-m3",
                 "max_model_len": self.context, "references": len(recall.retriever.references) if recall else 0}
-
-
-def context_of(engine: Engine) -> int:
-    """Context tokens for which a model was made or, where nobody said, trained."""
-    config = engine.config
-    if not config.model.max_positions:
-        return config.data.sequence_length
-    prefix = len(engine.loaded.prefix_ids) if engine.recall else 0
-    return config.model.max_positions - int(trunk_positions(prefix, config.memory.reference_length, 1)[prefix])
 
 
 def read_request(body: bytes, serving: Serving) -> tuple[CompletionRequest, list[list[int]]]:

@@ -14,6 +14,8 @@ KIND, SCHEMA = "index", 1
 FILE, EMBEDDER = "index.faiss", "embedder"
 NEVER_FOUND = "never_found.npy"
 """Ids whose vectors are 0, deleted references among them; there only where there are some."""
+FOUND_AT_ONCE = 1 << 22
+"""Candidates of all vectors that one search gives, where no single vector has more."""
 ASKED_AT_ONCE = 1 << 14
 """Candidates that a filter judges in one call, where no single vector has more."""
 MISSING = np.iinfo(np.int64).min
@@ -91,19 +93,31 @@ class VectorIndex:
         result = Found(np.zeros((len(vectors), k), np.float32), np.full((len(vectors), k), MISSING),
                        np.zeros((len(vectors), k), bool))
         while len(rows):
-            found = self._search(vectors[rows], fetch)
-            kept, size = found.valid & ~_is_among(found.ids, self.never_found), max(1, ASKED_AT_ONCE // fetch)
-            for part in (slice(first, first + size) for first in range(0, len(rows), size)):
-                asked = kept[part]
-                kept[part][asked] = ~drop(np.repeat(rows[part], asked.sum(axis=1)), found.ids[part][asked])
-            place = kept.cumsum(axis=1) - 1
-            good = kept & (place < k)
-            target = np.repeat(rows, good.sum(axis=1)), place[good]
-            result.scores[target], result.ids[target], result.valid[target] = found.scores[good], found.ids[good], True
+            size, again = max(1, FOUND_AT_ONCE // fetch), []
+            for part in (rows[first : first + size] for first in range(0, len(rows), size)):
+                found = self._search(vectors[part], fetch)
+                kept = found.valid & ~_is_among(found.ids, self.never_found)
+                self._drop(part, found.ids, kept, drop)
+                place = kept.cumsum(axis=1) - 1
+                good = kept & (place < k)
+                target = np.repeat(part, good.sum(axis=1)), place[good]
+                result.scores[target], result.ids[target] = found.scores[good], found.ids[good]
+                result.valid[target] = True
+                again.append(part[(kept.sum(axis=1) < k) & found.valid.all(axis=1)])
             if fetch == len(self):
                 break
-            rows, fetch = rows[(kept.sum(axis=1) < k) & found.valid.all(axis=1)], min(4 * fetch, len(self))
+            rows, fetch = np.concatenate(again), min(4 * fetch, len(self))
         return result
+
+    @staticmethod
+    def _drop(
+        rows: np.ndarray, ids: np.ndarray, kept: np.ndarray, drop: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> None:
+        """Take from ``kept`` what is dropped, bool [rows, candidates]."""
+        size = max(1, ASKED_AT_ONCE // ids.shape[1])
+        for part in (slice(first, first + size) for first in range(0, len(rows), size)):
+            asked = kept[part]
+            kept[part][asked] = ~drop(np.repeat(rows[part], asked.sum(axis=1)), ids[part][asked])
 
 
 def _is_among(ids: np.ndarray, ascending: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_m3.errors import ArtifactError
+from megatron_m3.errors import ArtifactError, warn
 from megatron_m3.manifest.lock import NAME, FolderLock, read_owner
 from megatron_m3.model.checkpoint import list_checkpoints
 from megatron_m3.platform.distributed import on_first_process
@@ -41,7 +41,7 @@ def _take(output: Path, found: list[Path], held: contextlib.ExitStack) -> None:
     except OSError as error:
         if error.errno not in CANNOT_LOCK:
             raise
-        say(f"warning: {output}: cannot be locked on this file system; let no other run write there")
+        warn(f"{output}: cannot be locked on this file system; let no other run write there")
     if list_checkpoints(output) != found:
         raise ArtifactError(f"{output}: another run saved here meanwhile; run the same command again to go on from it")
 

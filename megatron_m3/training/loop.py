@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_m3.config import Config
 from megatron_m3.config.flops import ReferenceWork, step_flops
 from megatron_m3.data import TrainingDataset, build_loader
-from megatron_m3.errors import ConfigError
+from megatron_m3.errors import ConfigError, warn
 from megatron_m3.manifest import atomic_path
 from megatron_m3.model.checkpoint import (
     checkpoint_folder,
@@ -144,8 +144,8 @@ class Loop:
         if found:
             say(f"going on after step {self.state.step} from {found[-1]}")
         elif self.config.training.stage == "continual" and not self.config.training.init_from:
-            say("warning: training.init_from is empty: the continual stage starts from random weights, and a model "
-                "that begins so learns to ignore its memories; give it a warmup checkpoint")
+            warn("training.init_from is empty: the continual stage starts from random weights, and a model that "
+                 "begins so learns to ignore its memories; give it a warmup checkpoint")
 
     def _initial_checkpoint(self) -> Path:
         return newest_checkpoint(Path(self.config.training.init_from))

@@ -109,6 +109,18 @@ def test_unreadable_files_are_one_line_errors(tmp_path, name, data, message):
     assert name in str(error.value)
 
 
+def test_a_page_of_a_parquet_file_that_its_checksum_denies_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, compression="none", use_dictionary=False,
+                                write_statistics=False, write_page_checksum=True)
+    assert [document.text for document in Corpus([str(path)])] == TEXTS
+    data, word = path.read_bytes(), TEXTS[1].encode()
+    assert data.count(word) == 1
+    path.write_bytes(data.replace(word, word[:-1] + bytes([word[-1] ^ 1])))
+    with pytest.raises(DataError, match=r"a\.parquet: not a readable parquet file \(.*CRC"):
+        list(Corpus([str(path)]))
+
+
 def test_parquet_without_a_text_column_is_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="no column 'text' that holds text"):

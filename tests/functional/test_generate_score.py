@@ -28,7 +28,7 @@ def paths(tmp_path_factory):
     prompts = [{"prompt": sentence(seed, 4 + 5 * seed)} for seed in range(3)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     with joined_world():
-        loaded = tiny_model(folder)
+        loaded = tiny_model(folder, model__max_positions="100")
         data = dataclasses.replace(loaded.config.data, tokenizer=str(folder / "tokenizer"))
         save_checkpoint(folder / "run", 7, [loaded.model], dataclasses.replace(loaded.config, data=data))
         made = build_knowledge(folder, folder / "tokenizer", count=40, words=10, reference_length=16)
@@ -146,6 +146,27 @@ def test_a_wrong_generate_command_is_refused_by_name(paths, run, options, reason
     with pytest.raises(M3Error, match=reason) as caught:
         run("generate", "--checkpoint", paths["run"], *options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("job", ["generate", "score"])
+@pytest.mark.parametrize("memory", [False, True])
+def test_texts_longer_than_the_model_was_made_for_are_told(paths, run, tmp_path, job, memory):
+    from megatron_m3.tokenizer import Tokenizer
+
+    prefix = len(Tokenizer.load(paths["folder"] / "tokenizer").prefix_ids("Reference:"))
+    context = 100 - (16 + prefix if memory else 0)
+    for beyond in (0, 1):
+        text = sentence(3, context + beyond - 3)  # BOS and two more tokens
+        if job == "generate":
+            told = run(job, "--checkpoint", paths["run"], *(with_memory(paths) if memory else ["--no-memory"]),
+                       "--prompt", text, "--max-new-tokens", "2").err
+        else:
+            line = {"id": 1, "context": text, "target": " " + sentence(4, 2), "references": [sentence(5, 4)]}
+            (tmp_path / "in.jsonl").write_text(json.dumps(line))
+            told = run(job, "--checkpoint", paths["run"], "--input", tmp_path / "in.jsonl", "--output",
+                       tmp_path / "out.jsonl", "--mode", "explicit" if memory else "none").err
+        what = f"warning: 1 of 1 texts take up to {context + 1} tokens, more than the {context} that the model was"
+        assert (what in told) == bool(beyond), told
 
 
 def test_bad_prompts_are_named_by_line(paths, run, tmp_path):

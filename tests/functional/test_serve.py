@@ -18,6 +18,7 @@ import torch
 
 from launch.m3 import main
 from launch.serve import ServeOptions, bind, open_serving
+from megatron_m3.config import replace_fields
 from megatron_m3.errors import M3Error
 from tests.http_client import Client, listening
 from tests.knowledge import build_knowledge
@@ -72,6 +73,19 @@ def generate(given, capsys):
         return json.loads(capsys.readouterr().out)["results"][0]
 
     return generate
+
+
+def test_a_model_whose_positions_prefix_and_references_take_is_refused(given):
+    from megatron_m3.inference.context import context_of
+
+    model = open_serving(ServeOptions(**given)).engine.loaded
+    taken = 16 + len(model.prefix_ids)
+    enough, few = (dataclasses.replace(model, config=replace_fields(model.config, {"model.max_positions": str(count)}))
+                   for count in (taken + 2, taken + 1))
+    assert context_of(enough, reads_memories=True) == 2
+    assert context_of(few, reads_memories=False) == taken + 1
+    with pytest.raises(M3Error, match=rf"model\.max_positions={taken + 1}: too few for BOS and a token.*of references"):
+        context_of(few, reads_memories=True)
 
 
 def test_a_completion_is_what_m3_generate_writes_and_shows_what_it_read(client, generate):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_m3.errors import ArtifactError, ConfigError
 from megatron_m3.ops.codec.product import ProductCode
+from megatron_m3.platform.faiss_factory import faiss_factory
 from megatron_m3.platform.threads import one_faiss_thread
 
 Vectors = np.ndarray | Tensor
@@ -157,7 +158,7 @@ def make_index(factory: str, head_size: int) -> Any:
     import faiss
 
     try:
-        index = faiss.index_factory(head_size, factory)
+        index = faiss_factory(factory, head_size, faiss.METRIC_L2)
         index.sa_code_size()
     except RuntimeError as error:
         reason = re.split(r"Error: |\.cpp:\d+: ", re.sub(r"\s+", " ", str(error)))[-1].strip()

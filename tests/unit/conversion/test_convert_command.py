@@ -1,10 +1,14 @@
 """``m3 convert``: words without option names, exit statuses, and what a run takes from a converted checkpoint."""
 
 import json
+import math
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from ckpt_convert.from_hf import FromOptions, convert
@@ -38,6 +42,29 @@ def test_help_is_no_word(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         parse_words(FromOptions, [word, "a"], "m3 convert from-hf", "", ("source", "output"))
     assert "--memory-layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_copied_and_named(folder: Path, tmp_path: Path, number: float,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    broken = ["model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    for name in broken:
+        weights[name].view(-1)[-1] = number
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    hf, ours, back, two = (str(tmp_path / name) for name in ("hf", "ours", "back", "two"))
+    for words in (["from-hf", hf, ours], ["to-hf", ours, back], ["reshard", ours, two, "--tensor", "2"]):
+        main(["convert", *words])
+        (warning,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
+        assert warning.startswith(f"warning: {words[2]}")
+        named = re.search(r": (\S+), (\S+), (\S+) hold NaN or infinite numbers", warning)
+        assert named
+        assert sorted(named.groups()) == broken
+    again = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(again[name].isfinite(), weights[name].isfinite()) for name in weights)
+    main(["convert", "from-hf", str(folder / "hf"), str(tmp_path / "whole")])
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["a"], ["a", "b", "c"], ["a", "b", "--experts", "2"]])

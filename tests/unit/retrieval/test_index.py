@@ -1,12 +1,15 @@
 """The vector index against comparison with every vector."""
 
+import re
+
 import faiss
 import numpy as np
 import pytest
 
-from data_tools.faiss_build import train_faiss
+from data_tools.faiss_build import make_faiss, train_faiss
 from megatron_m3.errors import ArtifactError, ConfigError
 from megatron_m3.manifest import Manifest, hash_file, write_manifest
+from megatron_m3.ops.codec.reference import make_index as make_codec_index
 from megatron_m3.retrieval.index import (
     FILE,
     MISSING,
@@ -67,10 +70,35 @@ def test_filtered_search_for_more_than_there_are():
     assert found.valid[0].tolist() == [True, True, False, False, False]
 
 
-@pytest.mark.parametrize("factory", ["Nonsense", "IVF4096,Flat", "PQ7"])
+def test_a_filter_that_drops_all_is_asked_a_bounded_number_of_candidates_at_once(monkeypatch):
+    index, asked = make_index(unit_vectors(200)), []
+    search = index.faiss_index.search
+    monkeypatch.setattr("megatron_m3.retrieval.index.FOUND_AT_ONCE", 1000)
+    monkeypatch.setattr(index, "faiss_index", type("Counting", (), {
+        "ntotal": 200, "search": lambda self, vectors, k: asked.append(len(vectors) * k) or search(vectors, k)})())
+    found = index.search_filtered(unit_vectors(30, seed=1), 5, lambda row, ids: (ids != 7) & (row > 0))
+    assert max(asked) <= 1000
+    assert found.valid.sum(axis=1).tolist() == [5] + 29 * [1]
+    assert (found.ids[1:, 0] == 7).all()
+
+
+@pytest.mark.parametrize("factory", ["Nonsense", "IVF4096,Flat", "PQ7", "PQ4x-1", "HNSW99999999999"])
 def test_factory_that_cannot_be_is_refused(factory):
     with pytest.raises(ConfigError, match=f"factory={factory}"):
         make_index(unit_vectors(100), factory)
+
+
+@pytest.mark.parametrize(
+    "factory", ["HNSW0", "IVF4(HNSW00),Flat", "IVF4_HNSW1,Flat", "PQ4x0", "IVF4,PQ4x4fs_0", "RR0,Flat"])
+def test_factory_over_which_faiss_would_end_the_process_is_refused(factory):
+    for make in (lambda: make_faiss(factory, 16, 100), lambda: make_codec_index(factory, 16)):
+        with pytest.raises(ConfigError, match=rf"={re.escape(factory)}: FAISS .*\((0+|HNSW1) is too few\)"):
+            make()
+
+
+@pytest.mark.parametrize("factory", ["HNSW10", "IVF10,PQ8x4", "IVF1,Flat"])
+def test_numbers_that_hold_a_zero_are_none(factory):
+    assert make_faiss(factory, 16, 100).ntotal == 0
 
 
 def seal(folder) -> None:
