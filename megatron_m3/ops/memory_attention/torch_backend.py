@@ -1,6 +1,7 @@
-"""Attention with explicit memory from torch's own attention kernels: no dense mask, no loop over chunks.
+"""Attention with explicit memory from torch's own attention kernels: no dense mask.
 
-The trunk is plain causal attention by the library's fused kernel; ``joint_softmax.py`` merges it with the memories.
+The trunk is plain causal attention by the library's fused kernel; ``joint_softmax.py`` merges it with the memories. On
+the CPU, where a call costs little, each chunk attends to its memories and the trunk in one.
 Letters as in ``reference.py``.
 """
 
