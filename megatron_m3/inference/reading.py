@@ -5,7 +5,7 @@ M = R * K memory slots, N memories, Lm memory layers, P prefix, H query heads, G
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -108,58 +108,51 @@ class ReadingPlan:
     ) -> None:
         """``keep(layer, key_BTGD, value_BTGD)`` receives every layer's rotated keys and its values, for a cache.
 
-        With ``prefix``, which :func:`read_prefix` gives, the pass and ``positions_T`` are of the context alone.
+        With ``prefix``, which :func:`read_prefix` gives, the pass and ``positions_T`` are of the context alone, and in
+        every layer each chunk reads the prefix as it does memories.
         """
         self.rope, self.positions_T1 = rope, positions_T[:, None]
         self.backend_name, self.backend = backend, get_backend(backend)
         self.prefix_length, self.chunk_length = prefix_length, chunk_length
         self.prefix, self.memories, self.keep = prefix, memories, keep
         self.table: Table | None = None
-        self.rooms: list[Tensor] = []
 
     def attend(self, layer: int, query_TBHD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor) -> Tensor:
         """Attention output of ``layer`` for every position of the pass, [T, B, H, D]."""
         if self.table is None:
             self.table = self.rope.table(self.positions_T1, query_TBHD.dtype)
-        query_TBHD, key_TBGD, value_TBGD = self._turned(layer, query_TBHD, key_TBGD, value_TBGD, self.table)
+        query_TBHD, key_TBGD = (rotate(part, self.table, self.backend_name) for part in (query_TBHD, key_TBGD))
         query_BTHD, key_BTGD, value_BTGD = (part.transpose(0, 1) for part in (query_TBHD, key_TBGD, value_TBGD))
         if self.keep is not None:
-            self.keep(layer, key_BTGD, value_BTGD)
-        out_BTHD = self._read(layer, query_BTHD, key_BTGD, value_BTGD)
-        return out_BTHD.transpose(0, 1)[self.prefix_length if self.prefix else 0 :]
+            self.keep(layer, *self._behind_prefix(layer, (key_BTGD, value_BTGD)))
+        return self._read(layer, query_BTHD, key_BTGD, value_BTGD).transpose(0, 1)
 
-    def _turned(
-        self, layer: int, query_SBHD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, table: Table
-    ) -> Sequence[Tensor]:
-        """Rotated queries and keys, and values, each behind the prefix: its queries are 0, as nobody asks for it."""
+    def _behind_prefix(self, layer: int, parts: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Keys and values ``[..., T, G, D]`` behind those of the prefix, if the pass is not of it."""
         if not self.prefix:
-            turned = (rotate(part, table, self.backend_name) for part in (query_SBHD, key_SBGD))
-            return *turned, value_SBGD
-        P = self.prefix_length
-        if not self.rooms:  # of all layers; a sequence's rows are neighbours, as attention wants them
-            S, B = query_SBHD.shape[:2]
-            self.rooms = [part.new_zeros(B, P + S, *part.shape[2:]).transpose(0, 1)
-                          for part in (query_SBHD, key_SBGD, value_SBGD)]
-        query_TBHD, key_TBGD, value_TBGD = self.rooms
-        for room_TBGD, known_PGD in zip((key_TBGD, value_TBGD), self.prefix[layer], strict=True):
-            room_TBGD[:P] = known_PGD[:, None]
-        rotate(query_SBHD, table, self.backend_name, out=query_TBHD[P:])
-        rotate(key_SBGD, table, self.backend_name, out=key_TBGD[P:])
-        value_TBGD[P:] = value_SBGD
-        return self.rooms
+            return parts
+        return [torch.cat([known_PGD.expand(*part.shape[:-3], -1, -1, -1), part], -3)
+                for known_PGD, part in zip(self.prefix[layer], parts, strict=True)]
 
     def _read(self, layer: int, query_BTHD: Tensor, key_BTGD: Tensor, value_BTGD: Tensor) -> Tensor:
-        if self.memories is None or layer not in self.memories.layers:
+        slots: Iterable[Tensor]
+        if self.memories is not None and layer in self.memories.layers:
+            slots, valid_BCM = self.memories.key_values(layer).to(query_BTHD.dtype), self.memories.valid_in(layer)
+        elif self.prefix:
+            slots = key_BTGD[:, None, :0], value_BTGD[:, None, :0]
+            valid_BCM = torch.ones(len(key_BTGD), 1, 0, dtype=torch.bool, device=key_BTGD.device)
+        else:
             return self.backend.causal_attention(query_BTHD, key_BTGD, value_BTGD)
-        memory_key, memory_value = self.memories.key_values(layer).to(query_BTHD.dtype)
+        if self.prefix:
+            B, C, _, *heads = valid_BCM.shape
+            valid_BCM = torch.cat([valid_BCM.new_ones(B, C, self.prefix_length, *heads), valid_BCM], 2)
         return self.backend.memory_attention(
             query_BTHD,
             key_BTGD,
             value_BTGD,
-            memory_key,
-            memory_value,
-            self.memories.valid_in(layer),
-            prefix_length=self.prefix_length,
+            *self._behind_prefix(layer, slots),
+            valid_BCM,
+            prefix_length=0 if self.prefix else self.prefix_length,
             chunk_length=self.chunk_length,
             window=1,
         )

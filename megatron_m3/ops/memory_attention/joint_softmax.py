@@ -44,9 +44,9 @@ class TrunkKernel(Protocol):
         """Gradients of query, key and value as part of a softmax whose output and log-sum-exp ``trunk`` has."""
 
 
-Merge = Callable[[Trunk, Tensor, Tensor, Tensor, Tensor, int, int], None]
-"""Makes a trunk's output and log-sum-exp those of the joint softmax, in place; it takes the trunk, its queries, the
-memories' keys, values and validity as :class:`_JointSoftmax` has them, prefix and chunk length."""
+Joint = Callable[[Any, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Trunk]
+"""Gives output and log-sum-exp of the joint softmax; it takes a :class:`TrunkKernel`, then tensors and lengths as
+:class:`_JointSoftmax` has them."""
 
 
 class _JointSoftmax(torch.autograd.Function):
@@ -57,11 +57,9 @@ class _JointSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, kernel: TrunkKernel, merge: Merge, query: Tensor, key: Tensor, value: Tensor,
+    def forward(ctx: Any, kernel: TrunkKernel, joint: Joint, query: Tensor, key: Tensor, value: Tensor,
                 memory_key: Tensor, memory_value: Tensor, valid: Tensor, prefix: int, length: int) -> Tensor:
-        trunk = kernel.forward(query, key, value)
-        merge(trunk, query, memory_key, memory_value, valid, prefix, length)
-        out, lse, rest = trunk
+        out, lse, rest = joint(kernel, query, key, value, memory_key, memory_value, valid, prefix, length)
         ctx.save_for_backward(query, key, value, memory_key, memory_value, valid, out, lse)
         ctx.kernel, ctx.rest, ctx.prefix, ctx.length = kernel, rest, prefix, length
         return out
@@ -104,9 +102,11 @@ class _Causal(torch.autograd.Function):
 
 
 def merge_at_once(
-    trunk: Trunk, query: Tensor, memory_key: Tensor, memory_value: Tensor, valid: Tensor, prefix: int, length: int
-) -> None:
-    """A :data:`Merge` of few operations, whatever the number of chunks."""
+    kernel: TrunkKernel, query: Tensor, key: Tensor, value: Tensor, memory_key: Tensor, memory_value: Tensor,
+    valid: Tensor, prefix: int, length: int,
+) -> Trunk:
+    """A :data:`Joint` of few operations, whatever the number of chunks."""
+    trunk = kernel.forward(query, key, value)
     out, lse, _ = trunk
     score = _memory_scores(query, memory_key, valid, prefix, length)
     trunk_lse = _lse_by_chunk(lse, memory_key, prefix, length)
@@ -116,6 +116,7 @@ def merge_at_once(
     scaled = _by_chunk(out[:, prefix:], memory_key, length) * torch.exp(trunk_lse - joint_lse)
     out[:, prefix:] = _from_chunks(read + scaled, query.shape[1] - prefix)
     lse[:, :, prefix:] = _from_chunks(joint_lse, query.shape[1] - prefix)[..., 0].transpose(1, 2)
+    return trunk
 
 
 def _memory_scores(query: Tensor, memory_key: Tensor, valid: Tensor, prefix: int, length: int) -> Tensor:
@@ -174,7 +175,7 @@ def attend_alone(kernel: TrunkKernel, query_BTHD: Tensor, key_BTGD: Tensor, valu
 def attend_jointly(
     kernel: TrunkKernel, query_BTHD: Tensor, key_BTGD: Tensor, value_BTGD: Tensor, memory_key_BCMGD: Tensor,
     memory_value_BCMGD: Tensor, memory_valid_BCM: Tensor, *, prefix_length: int, chunk_length: int, window: int,
-    merge: Merge = merge_at_once,
+    joint: Joint = merge_at_once,
 ) -> Tensor:
     """:func:`~megatron_m3.ops.memory_attention.reference.memory_attention` with ``kernel`` for the trunk.
 
@@ -186,7 +187,7 @@ def attend_jointly(
     valid_BCMG = memory_valid_BCM[..., None] if memory_valid_BCM.dim() == 3 else memory_valid_BCM
     memory_key_BCMGD, memory_value_BCMGD = empty_is_zero(memory_key_BCMGD, memory_value_BCMGD, valid_BCMG)
     return _JointSoftmax.apply(
-        kernel, merge, query_BTHD, key_BTGD, value_BTGD, _repeat_last(_slide(memory_key_BCMGD, window), chunks),
+        kernel, joint, query_BTHD, key_BTGD, value_BTGD, _repeat_last(_slide(memory_key_BCMGD, window), chunks),
         _repeat_last(_slide(memory_value_BCMGD, window), chunks),
         _repeat_last(_slide(valid_BCMG[..., None], window)[..., 0], chunks), prefix_length, length,
     )

@@ -117,16 +117,18 @@ def test_one_pass_with_stored_memories_is_the_training_forward(loaded, batch, me
     torch.testing.assert_close(losses.view_as(trained), trained, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("with_memories", [True, False])
+@pytest.mark.parametrize("read_by", ["all heads", "some heads", "none"])
 @torch.no_grad()
-def test_a_known_prefix_is_as_if_it_were_read(loaded, batch, memories, with_memories):
+def test_a_known_prefix_is_as_if_it_were_read(loaded, batch, memories, read_by):
     from megatron_m3.inference.reading import ReadingPlan, read_prefix
     from megatron_m3.model.gpt import logits
     from megatron_m3.model.layout import trunk_positions
     from megatron_m3.model.rope import Rope
 
     config, P, context, kept = loaded.config, len(loaded.prefix_ids), batch["context"], ({}, {})
-    read_memories = memories if with_memories else None
+    some = {next(iter(memories.layers)): torch.arange(config.model.num_kv_heads) > 0}
+    read_memories = {"all heads": memories, "some heads": dataclasses.replace(memories, memory_heads=some),
+                     "none": None}[read_by]
     whole = read(loaded, context, read_memories, keep=lambda layer, *kv: kept[0].update({layer: kv}))
     rope = Rope(config.model.head_size, config.model.rope_theta)
 
