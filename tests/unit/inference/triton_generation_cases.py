@@ -82,3 +82,24 @@ def test_who_joins_or_leaves_ends_a_graph(parts, monkeypatch):
     assert [one.tokens for one in whole] == [one.tokens[:count] for one, count in zip(expected, counts, strict=True)]
     # two sequences, then three, two, and at last one
     assert len(captured) == 4
+
+
+def test_without_memory_for_a_graph_steps_go_on(parts, monkeypatch, capsys):
+    from megatron_m3.inference import steps
+    from megatron_m3.ops.cached_attention import triton_backend
+
+    prompts, engine = prompts_of(parts, [0, 11]), engine_of(parts, "triton")
+    expected, _ = engine.generate_tokens(prompts, 12, stop_at_eos=False)
+    captured = record_steps(monkeypatch, triton_backend.kernels(), ["attend_kernel", "join_kernel"])
+    recorded = steps.capture
+
+    def too_little(step):
+        recorded(step)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(steps, "capture", too_little)
+    engine.cuda_graphs = True
+    found, _ = engine.generate_tokens(prompts, 12, stop_at_eos=False)
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    assert len(captured) == 1
+    assert "no memory left for a CUDA graph" in capsys.readouterr().err
