@@ -112,14 +112,15 @@ class Batch:
         self.cache.begin(lengths)
         if memories:
             self.cache.recall(memories.chunk(last_B // self.chunk_length))
-        self.statistics.prefill_seconds += time.perf_counter() - started
         self._append(logits_BV)
+        self.statistics.prefill_seconds += time.perf_counter() - started
 
     def _columns(self) -> int:
         """Context tokens of the longest continuation when it is done."""
         return max(1 + len(one.prompt) + one.max_new_tokens for one in self.continuations)
 
     def _append(self, logits_BV: Tensor) -> None:
+        """Take each one's next token, which waits for the device: only then its work has its time."""
         self.newest_B = choose(logits_BV, [one.draw for one in self.continuations])
         for one, token in zip(self.continuations, self.newest_B.tolist(), strict=True):
             if token < 0:
@@ -154,8 +155,8 @@ class Batch:
             self._look_ahead(self.recall)
         started = time.perf_counter()
         logits_BV = self.steps(self.newest_B)
-        self.statistics.decode_seconds += time.perf_counter() - started
         self._append(logits_BV)
+        self.statistics.decode_seconds += time.perf_counter() - started
 
     def _look_ahead(self, recall: Recall) -> None:
         """Some tokens before a chunk that will recall is full, begin to bring what it may read."""

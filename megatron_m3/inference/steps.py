@@ -5,6 +5,8 @@ graph is launched at once. It repeats the same operations on the same tensors, s
 leave: what changes from step to step stands in tensors.
 """
 
+import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -35,13 +37,23 @@ def check_graphs(config: Config, device: torch.device) -> None:
         raise UnsupportedError(f"cuda_graphs: model.attention={choice}; they need triton")
 
 
-def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """What repeats ``step``, which is not run yet, and the tensor in which its result then is."""
+def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What repeats ``step``, which is not run yet; each time its result is in the same tensor.
+
+    Raises:
+        OutOfMemoryError: a graph has its own memory beside what the steps so far took; they still run.
+    """
     graph = torch.cuda.CUDAGraph()
-    # other threads go on allocating for what they read ahead
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # The outer context puts the stream back where capturing fails at its end, which the inner one does not. Other
+    # threads go on allocating for what they read ahead.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = step()
-    return graph.replay, result
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 class Steps:
@@ -53,24 +65,31 @@ class Steps:
         self._forget()
 
     def _forget(self) -> None:
-        self._shape, self._unchanged = self.cache.shape, 0
-        self._replay: Callable[[], None] | None = None
+        self._shape, self._until_capture = self.cache.shape, CAPTURE_AFTER if self.graphs else math.inf
+        self._replay: Callable[[], Tensor] | None = None
 
     def __call__(self, newest_B: Tensor) -> Tensor:
         """Logits ``[B, vocab_size]`` behind the newest token of each sequence; the next call may overwrite them."""
         if self.cache.shape is not self._shape:
             self._forget()
-        self._unchanged += 1
-        if not self.graphs or self._unchanged <= CAPTURE_AFTER:
+        if self._replay is None and self._until_capture <= 0:
+            self._capture(newest_B)
+        if self._replay is None:
+            self._until_capture -= 1
             self.cache.step()
             return self.decoder(newest_B[:, None], self.cache)
-        if self._replay is None:
-            self._newest_B = newest_B.clone()
-            self._replay, self._logits_BV = capture(self._on_device)
         self._newest_B.copy_(newest_B)
         self.cache.count_step()
-        self._replay()
-        return self._logits_BV
+        return self._replay()
+
+    def _capture(self, newest_B: Tensor) -> None:
+        """Where a graph finds no memory, this batch goes on without one."""
+        self._newest_B = newest_B.clone()
+        try:
+            self._replay = capture(self._on_device)
+        except torch.OutOfMemoryError:
+            self._until_capture = math.inf
+            print("no memory left for a CUDA graph: these sequences go on without", file=sys.stderr, flush=True)
 
     def _on_device(self) -> Tensor:
         self.cache.step_on_device()

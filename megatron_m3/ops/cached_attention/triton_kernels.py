@@ -48,7 +48,8 @@ def store_sums(pointer, tile, rows, limit, D: tl.constexpr, FIRST: tl.constexpr,
              mask=(rows < limit)[:, None] & (columns < D)[None, :])
 
 
-@triton.jit
+# compiled once more for every other width of a batch's mask, a server would stand still meanwhile
+@triton.jit(do_not_specialize=["mask_stride"])
 def attend_kernel(
     query, key, value, keys, values, cosine, sine, lengths, mask, hidden, out, most_of, total_of,
     query_strides, key_strides, value_strides, keys_strides, values_strides, table_stride, mask_stride,

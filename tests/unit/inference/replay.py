@@ -96,8 +96,9 @@ def record_steps(monkeypatch, module, kernels) -> list[int]:
         def replay():
             for operation in recorder.operations:
                 operation()
+            return result
 
-        return replay, result
+        return replay
 
     monkeypatch.setattr(steps, "capture", capture)
     return counts

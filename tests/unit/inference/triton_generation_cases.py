@@ -57,21 +57,15 @@ def test_tokens_are_those_of_torch(parts, memory, monkeypatch):
     assert len(captured) == 1
 
 
-def test_who_joins_or_leaves_ends_a_graph(parts, monkeypatch):
-    from megatron_m3.inference import steps
+def joined_tokens(engine, prompts, counts):
+    """Tokens of sequences of which the last joins the others after 3 steps; each leaves when it has its count."""
     from megatron_m3.inference.generation import Continuation
     from megatron_m3.inference.sampling import Sampling, draws
-    from megatron_m3.ops.cached_attention import triton_backend
 
-    prompts, counts, engine = prompts_of(parts, [3, 8, 1]), [13, 10, 4], engine_of(parts, "triton")
-    expected, _ = engine_of(parts, "torch").generate_tokens(prompts, max(counts), stop_at_eos=False)
-    monkeypatch.setattr(steps, "CAPTURE_AFTER", 1)
-    captured = record_steps(monkeypatch, triton_backend.kernels(), ["attend_kernel", "join_kernel"])
-    engine.cuda_graphs = True
     whole = [Continuation(prompt=prompt, max_new_tokens=count, draw=draw)
              for prompt, count, draw in zip(prompts, counts, draws(Sampling(), prompts), strict=True)]
     with torch.inference_mode():
-        batch, late = (engine.batch(part, stop_at_eos=False) for part in (whole[:2], whole[2:]))
+        batch, late = (engine.batch(part, stop_at_eos=False) for part in (whole[:-1], whole[-1:]))
         batch.prefill()
         for _ in range(3):
             batch.step()
@@ -79,6 +73,40 @@ def test_who_joins_or_leaves_ends_a_graph(parts, monkeypatch):
         batch.join(late)
         while batch.goes_on:
             batch.step()
-    assert [one.tokens for one in whole] == [one.tokens[:count] for one, count in zip(expected, counts, strict=True)]
+    return [one.tokens for one in whole]
+
+
+def test_who_joins_or_leaves_ends_a_graph(parts, monkeypatch):
+    from megatron_m3.inference import steps
+    from megatron_m3.ops.cached_attention import triton_backend
+
+    prompts, counts, engine = prompts_of(parts, [3, 8, 1]), [13, 10, 4], engine_of(parts, "triton")
+    expected, _ = engine_of(parts, "torch").generate_tokens(prompts, max(counts), stop_at_eos=False)
+    monkeypatch.setattr(steps, "CAPTURE_AFTER", 1)
+    captured = record_steps(monkeypatch, triton_backend.kernels(), ["attend_kernel", "join_kernel"])
+    engine.cuda_graphs = True
+    found = joined_tokens(engine, prompts, counts)
+    assert found == [one.tokens[:count] for one, count in zip(expected, counts, strict=True)]
     # two sequences, then three, two, and at last one
     assert len(captured) == 4
+
+
+def test_without_memory_for_a_graph_steps_go_on(parts, monkeypatch, capsys):
+    from megatron_m3.inference import steps
+    from megatron_m3.ops.cached_attention import triton_backend
+
+    prompts, engine = prompts_of(parts, [0, 11]), engine_of(parts, "triton")
+    expected, _ = engine.generate_tokens(prompts, 12, stop_at_eos=False)
+    captured = record_steps(monkeypatch, triton_backend.kernels(), ["attend_kernel", "join_kernel"])
+    recorded = steps.capture
+
+    def too_little(step):
+        recorded(step)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(steps, "capture", too_little)
+    engine.cuda_graphs = True
+    found, _ = engine.generate_tokens(prompts, 12, stop_at_eos=False)
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    assert len(captured) == 1
+    assert "no memory left for a CUDA graph" in capsys.readouterr().err
