@@ -51,7 +51,10 @@ def make_artifacts(folder: Path, shape: Mapping[str, str] = SHAPE, num_reference
 
 
 def open_engines(folder: Path, *, cuda_graphs: bool = False) -> tuple["Engine", "Engine", "Engine"]:
-    """The floor, and engines that read memories from the bank: when a chunk ends, and reading ahead."""
+    """The floor, and engines that read memories from the bank: when a chunk ends, and reading ahead.
+
+    All use one copy of the weights: where a copy lies in memory changes a step's time by up to a tenth.
+    """
     from megatron_m3.inference.engine import Engine
     from megatron_m3.memory import MemoryBank, WarmSource
     from megatron_m3.model.checkpoint import load_model
@@ -66,9 +69,12 @@ def open_engines(folder: Path, *, cuda_graphs: bool = False) -> tuple["Engine", 
     print(f"bank: {len(bank):,} memories of {bank.record_bytes:,} bytes, codec {bank.codec_name}; "
           f"cache of {CACHED_MEMORIES} memories")
     with_memory = replace(loaded, config=bank.configure(loaded.config))
-    engines = (Engine(with_memory, retriever, WarmSource(bank, **budgets), prefetch_tokens=tokens,
-                      cuda_graphs=cuda_graphs) for tokens in (0, PREFETCH_TOKENS))
-    return Engine(loaded, cuda_graphs=cuda_graphs), *engines
+    floor = Engine(loaded, cuda_graphs=cuda_graphs)
+    engines = [Engine(with_memory, retriever, WarmSource(bank, **budgets), prefetch_tokens=tokens,
+                      cuda_graphs=cuda_graphs) for tokens in (0, PREFETCH_TOKENS)]
+    for engine in engines:
+        engine.decoder = floor.decoder
+    return floor, engines[0], engines[1]
 
 
 def prompts_of(folder: Path, engine: "Engine", length: int, first: int, count: int = BATCH) -> list[list[int]]:
@@ -89,10 +95,10 @@ def drop_page_cache(folder: Path) -> None:
 
 
 def measure(folder: Path, engines: tuple["Engine", "Engine", "Engine"], length: int, new: int) -> None:
-    """Run all engines in turn, and print the least time of each phase and the ratios."""
+    """Run all engines in turns, the next one in the other order, and print the least time of each phase and ratios."""
     calls: tuple[list[tuple[Statistics, float]], ...] = ([], [], [])
     for turn in range(ROUNDS):
-        for engine, kept in zip(engines, calls, strict=True):
+        for engine, kept in list(zip(engines, calls, strict=True))[:: -1 if turn % 2 else 1]:
             drop_page_cache(folder)
             prompts = prompts_of(folder, engine, length, 20 * turn)
             begin = time.process_time()
@@ -108,6 +114,10 @@ def measure(folder: Path, engines: tuple["Engine", "Engine", "Engine"], length: 
     row("tokens/CPU s", *(max(one.generated_tokens / seconds for one, seconds in kept) for kept in calls))
     row("prefill ms", *(1e3 * min(one.prefill_seconds for one, _ in kept) for kept in calls))
     row("decode ms a step", *(1e3 * min(one.decode_seconds for one, _ in kept) / (new - 1) for kept in calls))
+    plain = [seconds for _, seconds in calls[0]]
+    for name, call in zip(("memory", "read ahead"), calls[1:], strict=True):
+        ratios = sorted(floor / seconds for floor, (_, seconds) in zip(plain, call, strict=True))
+        print(f"{name}: ratio of tokens/CPU s in each turn {' '.join(f'{ratio:.3f}' for ratio in ratios)}")
     for name, call in zip(("memory", "read ahead"), calls[1:], strict=True):
         read = min((one for one, _ in call), key=lambda one: one.total_seconds)
         print(f"{name}: retrieval {1e3 * read.retrieval_seconds:.1f} ms, fetch {1e3 * read.fetch_seconds:.1f} ms of "
