@@ -53,7 +53,7 @@ def make_artifacts(folder: Path, shape: Mapping[str, str] = SHAPE, num_reference
 def open_engines(folder: Path, *, cuda_graphs: bool = False) -> tuple["Engine", "Engine", "Engine"]:
     """The floor, and engines that read memories from the bank: when a chunk ends, and reading ahead.
 
-    All use one copy of the weights: where a copy lies in memory changes a step's time by up to a tenth.
+    All use one copy of the weights: with one each, the same steps of two engines differed by up to a tenth.
     """
     from megatron_m3.inference.engine import Engine
     from megatron_m3.memory import MemoryBank, WarmSource
