@@ -14,7 +14,7 @@ Scores are in units of log2, as in ``memory_attention``.
 import triton
 import triton.language as tl
 
-from megatron_m3.ops.memory_attention.triton_forward import load_rows, product, softmax_step
+from megatron_m3.ops.memory_attention.triton_forward import load_rows, product, softmax_step, store_rows
 
 LOWEST = tl.constexpr(-1e30)
 """In place of -inf where nothing is read yet, so that differences stay numbers."""
@@ -34,18 +34,13 @@ def turned_part(pointer, stride, rows, inside, cosine, sine, D: tl.constexpr, FI
 
 
 @triton.jit
-def store_row(pointer, tile, rows, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Write columns ``FIRST`` to ``FIRST + WIDTH`` of row 0 of a tile."""
-    columns = FIRST + tl.arange(0, WIDTH)
-    tl.store(pointer + rows[:, None] * 0 + columns[None, :], tile, mask=(rows == 0)[:, None] & (columns < D)[None, :])
-
-
-@triton.jit
-def store_sums(pointer, tile, rows, limit, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Write columns ``FIRST`` to ``FIRST + WIDTH`` of the rows below ``limit``, which lie one behind the other."""
-    columns = FIRST + tl.arange(0, WIDTH)
-    tl.store(pointer + rows[:, None] * D + columns[None, :], tile.to(pointer.dtype.element_ty),
-             mask=(rows < limit)[:, None] & (columns < D)[None, :])
+def turned_rows(pointer, stride, rows, inside, cosine, sine, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """Some rows, rotated, as main and tail columns."""
+    main = turned_part(pointer, stride, rows, inside, cosine, sine, D, 0, MAIN)
+    tail = main
+    if TAIL > 0:
+        tail = turned_part(pointer, stride, rows, inside, cosine, sine, D, MAIN, TAIL)
+    return main, tail
 
 
 # compiled once more for every other width of a batch's mask, a server would stand still meanwhile
@@ -70,10 +65,7 @@ def attend_kernel(
     query += sequence * query_strides[0] + group * REPEAT * query_strides[1]
     keys += sequence * keys_strides[0] + group * keys_strides[1]
     values += sequence * values_strides[0] + group * values_strides[1]
-    q_main = turned_part(query, query_strides[1], rows, rows < REPEAT, cosine, sine, D, 0, MAIN)
-    q_tail = q_main
-    if TAIL > 0:
-        q_tail = turned_part(query, query_strides[1], rows, rows < REPEAT, cosine, sine, D, MAIN, TAIL)
+    q_main, q_tail = turned_rows(query, query_strides[1], rows, rows < REPEAT, cosine, sine, D, MAIN, TAIL)
     out_main = tl.zeros((ROWS, MAIN), tl.float32)
     out_tail = tl.zeros((ROWS, TAIL if TAIL > 0 else 1), tl.float32)
     most = tl.full((ROWS,), LOWEST, tl.float32)
@@ -84,18 +76,15 @@ def attend_kernel(
         value += sequence * value_strides[0] + group * value_strides[1]
         # the one key stands in every row, so that row by row is the product
         every = rows >= 0
-        k_main = turned_part(key, 0, rows, every, cosine, sine, D, 0, MAIN)
+        k_main, k_tail = turned_rows(key, 0, rows, every, cosine, sine, D, MAIN, TAIL)
         v_main, v_tail = load_rows(value, 0, rows, every, D, MAIN, TAIL)
         score = tl.sum(q_main.to(tl.float32) * k_main.to(tl.float32), 1)
-        store_row(keys + last * keys_strides[2], k_main, rows, D, 0, MAIN)
-        store_row(values + last * values_strides[2], v_main, rows, D, 0, MAIN)
         out_main += v_main.to(tl.float32)
         if TAIL > 0:
-            k_tail = turned_part(key, 0, rows, every, cosine, sine, D, MAIN, TAIL)
             score += tl.sum(q_tail.to(tl.float32) * k_tail.to(tl.float32), 1)
-            store_row(keys + last * keys_strides[2], k_tail, rows, D, MAIN, TAIL)
-            store_row(values + last * values_strides[2], v_tail, rows, D, MAIN, TAIL)
             out_tail += v_tail.to(tl.float32)
+        store_rows(keys + last * keys_strides[2], 0, rows, 1, k_main, k_tail, D, MAIN, TAIL)
+        store_rows(values + last * values_strides[2], 0, rows, 1, v_main, v_tail, D, MAIN, TAIL)
         most = score * scale2
         total += 1.0
     reads = slots
@@ -121,10 +110,7 @@ def attend_kernel(
     else:
         tl.store(most_of + place * REPEAT + rows, most, mask=rows < REPEAT)
         tl.store(total_of + place * REPEAT + rows, total, mask=rows < REPEAT)
-    out += place * REPEAT * D
-    store_sums(out, out_main, rows, REPEAT, D, 0, MAIN)
-    if TAIL > 0:
-        store_sums(out, out_tail, rows, REPEAT, D, MAIN, TAIL)
+    store_rows(out + place * REPEAT * D, D, rows, REPEAT, out_main, out_tail, D, MAIN, TAIL)
 
 
 @triton.jit
